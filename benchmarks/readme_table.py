@@ -1,0 +1,124 @@
+"""Rewrites the README's table of measurements from a result of `lightning-attn bench --compare --json`.
+
+python benchmarks/readme_table.py [RESULT.json]            # writes between the markers
+python benchmarks/readme_table.py [RESULT.json] --check    # exits with 1 if the README says anything else
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).resolve().parent
+README = BENCHMARKS.parent / "README.md"
+RESULT = BENCHMARKS / "results" / "cpu.json"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+OURS = "lightning_attn"
+# The shapes that the README shows, of all those in the file; the passes and dtypes are the file's.
+SHOWN: dict[str, dict[str, int | str]] = {
+    "attention": {"B": 1, "T": 8192, "H": 8, "K": 128, "V": 128},
+    "decode": {"B": 16, "T": 1, "H": 64, "K": 128, "V": 128, "state": "float32"},
+    "gated_rms_norm": {"rows": 2048, "D": 8192},
+    "module": {"B": 1, "T": 2048, "hidden": 1024, "H": 8, "D": 128},
+}
+Row = dict[str, Any]
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: the machine and its limits, then a line for each op, pass and dtype."""
+    rows = [row for row in result["rows"] if row["shape"] == SHOWN.get(row["op"])]
+    peers = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != OURS))
+    lines = [
+        _machine(result),
+        "",
+        " | ".join(["| op", "pass", "dtype", "time", "of the limit", *(f"against {peer}" for peer in peers)])
+        + " |",
+        "|---" * 3 + "|--:" * (2 + len(peers)) + "|",
+    ]
+    for row in rows:
+        if row["provider"] == OURS:
+            theirs = (_of_peer(rows, row, peer) for peer in peers)
+            cells = [
+                row["op"],
+                row["pass"],
+                row["dtype"],
+                _time(row),
+                _share(row),
+                *(_ratio(row, x) for x in theirs),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *_shapes({row["op"] for row in rows})])
+
+
+def _machine(result: dict[str, Any]) -> str:
+    device, limits = result["device"], result["limits"]
+    gemm = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in limits["gemm_flops_per_s"].items())
+    return (
+        f"{device['name']}, {device['threads']} threads, {device['instruction_set']}; PyTorch "
+        f"{result['versions']['torch']}. Measured limits: matrix product {gemm} GFLOP/s, copy "
+        f"{limits['copy_bytes_per_s'] / 1e9:.1f} GB/s."
+    )
+
+
+def _shapes(ops: set[str]) -> list[str]:
+    shapes = (
+        f"{op} {', '.join(f'{k}={v}' for k, v in shape.items())}" for op, shape in SHOWN.items() if op in ops
+    )
+    return [f"Shapes: {'; '.join(shapes)}."]
+
+
+def _of_peer(rows: list[Row], ours: Row, peer: str) -> Row | None:
+    same = ("op", "pass", "dtype", "shape")
+    return next((r for r in rows if r["provider"] == peer and all(r[k] == ours[k] for k in same)), None)
+
+
+def _time(row: Row) -> str:
+    return "-" if row["median_ms"] is None else f"{row['median_ms']:.3g} ms"
+
+
+def _share(row: Row) -> str:
+    return "-" if row["fraction_of_limit"] is None else f"{row['fraction_of_limit']:.2f}"
+
+
+def _ratio(ours: Row, theirs: Row | None) -> str:
+    if theirs is None or ours["median_ms"] is None or theirs["median_ms"] is None:
+        return "-"
+    return f"{theirs['median_ms'] / ours['median_ms']:.1f}x"
+
+
+def rewritten(readme: str, text: str) -> str:
+    """The README with `text` between its markers."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"README.md has no {BEGIN} … {END}")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("result", nargs="?", type=Path, default=RESULT)
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 if the README is stale"
+    )
+    arguments = parser.parse_args()
+    old = README.read_text()
+    new = rewritten(old, table(json.loads(arguments.result.read_text())))
+    if arguments.check:
+        if new != old:
+            print(
+                f"README.md is stale: run python {Path(__file__).relative_to(README.parent)}", file=sys.stderr
+            )
+        return int(new != old)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

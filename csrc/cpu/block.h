@@ -1,0 +1,115 @@
+// The block form of the recurrence, for one head, kBlock tokens at a time (arXiv 2501.08313, section 2.2):
+//
+//   O = scale ((Q K^T) o D) V + scale (Q o lambda^(i+1)) S      D_ij = lambda^(i-j) for i >= j, else 0
+//   S <- lambda^n S + (K o lambda^(n-1-j))^T V                  n tokens in the block, lambda = e^{-s}
+//
+// Every exponent of lambda is >= 0, so nothing overflows.
+#pragma once
+
+#include "pack.h"
+
+namespace lightning {
+namespace LIGHTNING_ISA {
+
+constexpr int64_t kBlock = 64;
+
+// A head's powers of lambda, and the weights that its blocks need.
+//
+// `shift` = 1 sweeps forward in time, as above. The gradient sweeps backward with `shift` = 0: there the state holds
+// the gradient at the token AFTER the block, so a token j of n weighs lambda^(n-j) into it and takes lambda^i from it.
+template <class Acc>
+struct Decay {
+  Acc power[kBlock + 1];               // lambda^n
+  Acc causal[2 * kBlock + kPadding];   // causal[kBlock - 1 - i + j] = factor * D_ij, for any i, j in the block
+  Acc carried[kBlock];                 // of token i for the state that enters the block
+  Acc added[kBlock];                   // of token j into the state that leaves it, see set_length
+
+  Decay(double rate, int shift, double causal_factor, double carried_factor, double added_factor)
+      : shift_(shift), added_factor_(added_factor) {
+    for (int64_t n = 0; n <= kBlock; ++n) power[n] = Acc(std::exp(-rate * double(n)));
+    for (int64_t n = 0; n < kBlock; ++n) {
+      causal[kBlock - 1 - n] = Acc(causal_factor * std::exp(-rate * double(n)));
+      carried[n] = Acc(carried_factor * std::exp(-rate * double(n + shift)));
+    }
+    for (int64_t n = kBlock; n < 2 * kBlock + kPadding; ++n) causal[n] = Acc(0);
+  }
+
+  void set_length(int64_t tokens) {
+    if (tokens == length_) return;
+    length_ = tokens;
+    for (int64_t j = 0; j < tokens; ++j) added[j] = Acc(added_factor_) * power[tokens - shift_ - j];
+  }
+
+ private:
+  int shift_;
+  double added_factor_;
+  int64_t length_ = 0;
+};
+
+// Scratch for one block of tokens of `dim` elements.
+template <class C>
+Matrix<typename C::Unit> rows_matrix(Arena& arena, int64_t dim) {
+  return arena.matrix<typename C::Unit>(kBlock, padded(dim) / C::kPair);
+}
+template <class C>
+Matrix<typename C::Unit> transposed_matrix(Arena& arena, int64_t dim) {
+  return arena.matrix<typename C::Unit>(padded(dim) / C::kPair, kBlock);
+}
+
+// Fetches where a block of outputs will go, while the block is computed.
+template <class T>
+void prefetch_outputs(const Rows<T>& o, int64_t tokens) {
+  for (int64_t i = 0; i < tokens; ++i) prefetch<true>(o.token(i), o.dim);
+}
+
+// P = (Q K^T) o D, in layout `rows`. Q in `rows`, K in `transposed`.
+template <class C>
+void scores(const Matrix<typename C::Unit>& p, const Matrix<typename C::Unit>& q,
+            const Matrix<typename C::Unit>& k_transposed, const Decay<typename C::Acc>& decay, int64_t tokens,
+            int64_t dim) {
+  for (int64_t i = 0; i < tokens; i += kTileRows) {
+    // Columns past the last row of the tile are never read.
+    for_column_tiles<C>(minimum(tokens, i + kTileRows), [&](int64_t j, auto vectors) {
+      Tile<C, vectors> tile;
+      tile.clear();
+      tile.add_product(q.row(i), q.ld, k_transposed.data + j, k_transposed.ld, ceil_div(dim, C::kPair));
+      tile.multiply_toeplitz(decay.causal + kBlock - 1 - i + j);
+      tile.store_units(p.row(i), p.ld, j);
+    });
+  }
+}
+
+// O = carried o (Q S) + P V, written to memory. Q and P in `rows`, S and V in `pairs`.
+template <class C, class T>
+void outputs(const Rows<T>& o, const Matrix<typename C::Unit>& q, const Matrix<typename C::Unit>& state,
+             const Matrix<typename C::Unit>& p, const Matrix<typename C::Unit>& v,
+             const Decay<typename C::Acc>& decay, int64_t tokens, int64_t key_dim) {
+  for_column_tiles<C>(o.dim, [&](int64_t j, auto vectors) {
+    for (int64_t i = 0; i < tokens; i += kTileRows) {
+      Tile<C, vectors> tile;
+      tile.clear();
+      tile.add_product(q.row(i), q.ld, state.data + j, state.ld, ceil_div(key_dim, C::kPair));
+      tile.scale_rows(decay.carried + i);
+      tile.add_product(p.row(i), p.ld, v.data + j, v.ld, ceil_div(minimum(tokens, i + kTileRows), C::kPair));
+      tile.store_rows(o.token(i) + j, o.stride, tokens - i, o.dim - j);
+    }
+  });
+}
+
+// S <- lambda^n S + K^T V. K (already weighted) and V in `pairs`.
+template <class C>
+void update(const Matrix<typename C::Acc>& state, const Matrix<typename C::Unit>& k_weighted,
+            const Matrix<typename C::Unit>& v, const Decay<typename C::Acc>& decay, int64_t tokens, int64_t key_dim,
+            int64_t value_dim) {
+  for_column_tiles<C>(value_dim, [&](int64_t j, auto vectors) {
+    for (int64_t i = 0; i < key_dim; i += kTileRows) {
+      Tile<C, vectors> tile;
+      tile.load_scaled(state.row(i) + j, state.ld, decay.power[tokens]);
+      tile.add_transposed_product(k_weighted.data + i, k_weighted.ld, v.data + j, v.ld, ceil_div(tokens, C::kPair));
+      tile.store_to(state.row(i) + j, state.ld);
+    }
+  });
+}
+
+}  // namespace LIGHTNING_ISA
+}  // namespace lightning

@@ -1,0 +1,97 @@
+// The forward sweep: O and the final state. See block.h for the formula.
+//
+// It also gives grad_q, which is the same sum with other operands:
+//   grad_q_t = scale * sum over j <= t of lambda^(t-j) (grad_o_t . v_j) k_j
+// so the operands (grad_o, v, k) and the transposed initial state yield it.
+#pragma once
+
+#include "sweep.h"
+
+namespace lightning {
+namespace LIGHTNING_ISA {
+
+template <class T>
+class ForwardSweep final : public Sweep<Accumulate<T>> {
+  using C = Compute<T>;
+  using Acc = Accumulate<T>;
+  using Unit = typename C::Unit;
+  using Units = Matrix<Unit>;
+
+ public:
+  struct Operands {
+    Operand q, k, v, o;
+    int64_t key_dim, value_dim;  // of q and k; of v and o
+    State initial, final;
+    bool transposed_state;  // `initial` is [value_dim, key_dim]
+  };
+
+  ForwardSweep(const AttentionShape& shape, const Operands& x)
+      : Sweep<Acc>(shape, x.key_dim, x.value_dim, false), x_(x) {}
+
+  void run(const Segment& segment, int64_t head, const Matrix<Acc>& state, Arena& arena, bool with_outputs,
+           bool carry) const override {
+    const Scratch s(arena, x_.key_dim, x_.value_dim);
+    const double scale = this->shape.scale;
+    Decay<Acc> decay(this->shape.decay[head], 1, scale, scale, 1.0);
+    const auto q = rows_of<T>(x_.q, segment, head, x_.key_dim, false);
+    const auto k = rows_of<T>(x_.k, segment, head, x_.key_dim, false);
+    const auto v = rows_of<T>(x_.v, segment, head, x_.value_dim, false);
+    const auto o = rows_of<T>(x_.o, segment, head, x_.value_dim, false);
+
+    for (int64_t t = 0; t < segment.length; t += kBlock) {
+      const int64_t n = minimum(kBlock, segment.length - t);
+      decay.set_length(n);
+      pack_rows<C>(s.k, k.from(t), n);
+      pack_rows<C>(s.v, v.from(t), n);
+      const Units v_pairs = as_pairs<C>(s.v_pairs, s.v, n, v.dim);
+      if (with_outputs) {
+        prefetch_outputs(o.from(t), n);
+        pack_rows<C>(s.q, q.from(t), n);
+        transpose(s.k_transposed, s.k, n, ceil_div(k.dim, C::kPair));
+        scores<C>(s.p, s.q, s.k_transposed, decay, n, k.dim);
+        outputs<C>(o.from(t), s.q, state_as_pairs<C>(s.state, state, k.dim, v.dim), s.p, v_pairs, decay, n, k.dim);
+      }
+      if (carry || t + n < segment.length) {
+        pack_pairs<C>(s.k_weighted, s.k, n, k.dim, decay.added);
+        update<C>(state, s.k_weighted, v_pairs, decay, n, k.dim, v.dim);
+      }
+    }
+  }
+
+  void load_state(int64_t sequence, int64_t head, const Matrix<Acc>& state) const override {
+    if (!x_.initial.data) return;
+    const Acc* from = state_of<Acc>(x_.initial, sequence, head);
+    for (int64_t i = 0; i < x_.key_dim; ++i)
+      for (int64_t j = 0; j < x_.value_dim; ++j)
+        state.row(i)[j] = x_.transposed_state ? from[j * x_.key_dim + i] : from[i * x_.value_dim + j];
+  }
+  bool wants_final_state() const override { return x_.final.data != nullptr; }
+  void store_state(int64_t sequence, int64_t head, const Matrix<Acc>& state) const override {
+    Acc* to = state_of<Acc>(x_.final, sequence, head);
+    for (int64_t i = 0; i < x_.key_dim; ++i)
+      std::memcpy(to + i * x_.value_dim, state.row(i), size_t(x_.value_dim) * sizeof(Acc));
+  }
+  void reserve(Arena& arena) const override { Scratch(arena, x_.key_dim, x_.value_dim); }
+
+ private:
+  struct Scratch {
+    Units q, k, v, k_transposed, k_weighted, v_pairs, state, p;
+    Scratch(Arena& arena, int64_t key_dim, int64_t value_dim) {
+      q = rows_matrix<C>(arena, key_dim);
+      k = rows_matrix<C>(arena, key_dim);
+      v = rows_matrix<C>(arena, value_dim);
+      k_transposed = transposed_matrix<C>(arena, key_dim);
+      k_weighted = pairs_matrix<C>(arena, kBlock, key_dim);
+      p = rows_matrix<C>(arena, kBlock);
+      if (C::kPair > 1) {
+        v_pairs = pairs_matrix<C>(arena, kBlock, value_dim);
+        state = pairs_matrix<C>(arena, key_dim, value_dim);
+      }
+    }
+  };
+
+  Operands x_;
+};
+
+}  // namespace LIGHTNING_ISA
+}  // namespace lightning

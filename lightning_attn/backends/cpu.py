@@ -1,0 +1,181 @@
+"""The C++ kernels of csrc/cpu: AVX-512 (with BF16), AVX2 or portable code, chosen at run time.
+
+Any of float64, float32, bfloat16, float16, head dims 1 to 256, float32 accumulation (float64 for float64).
+"""
+
+import torch  # before _C, so that both use the libgomp that torch brings
+from torch import Tensor
+
+from lightning_attn import _C
+
+from ..dispatch import Spec, accumulation_dtype
+
+__all__ = [
+    "attention_backward",
+    "attention_decode",
+    "attention_forward",
+    "gated_rms_norm_backward",
+    "gated_rms_norm_forward",
+    "instruction_set",
+    "supports",
+]
+
+MAX_HEAD_DIM = 256
+_HUGE_BYTES = 1 << 22  # as NumPy does
+
+_DTYPES = {
+    torch.float64: _C.DType.float64,
+    torch.float32: _C.DType.float32,
+    torch.bfloat16: _C.DType.bfloat16,
+    torch.float16: _C.DType.float16,
+}
+
+
+def instruction_set() -> str:
+    """The instruction set that the kernels were chosen for on this machine."""
+    return _C.instruction_set()
+
+
+def supports(spec: Spec) -> list[str]:
+    """The reasons why these kernels cannot take `spec`; none: they can."""
+    reasons = []
+    if spec.device != "cpu":
+        reasons.append(f"it runs on CPU tensors, not on {spec.device}")
+    if spec.dtype not in _DTYPES:
+        reasons.append(f"it takes float64, float32, bfloat16 or float16, not {spec.dtype}")
+    if spec.op.startswith("attention"):
+        for name, dim in (("K", spec.K), ("V", spec.V)):
+            if not 1 <= dim <= MAX_HEAD_DIM:
+                reasons.append(f"it takes {name} from 1 to {MAX_HEAD_DIM}, not {dim}")
+    return reasons
+
+
+def _operand(x: Tensor) -> tuple[int, int, int, int]:
+    batch, token, head, _ = x.stride()
+    return x.data_ptr(), batch, token, head
+
+
+def _state(x: Tensor | None) -> tuple[int, int, int] | None:
+    return None if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _shape(q: Tensor, v: Tensor, decay: Tensor, scale: float, cu_seqlens: Tensor | None) -> tuple:
+    batch, tokens, heads, key_dim = q.shape
+    sequences, offsets = (
+        (batch, 0) if cu_seqlens is None else (cu_seqlens.shape[0] - 1, cu_seqlens.data_ptr())
+    )
+    return (
+        _DTYPES[q.dtype], batch, tokens, heads, key_dim, v.shape[3],
+        sequences, offsets, decay.data_ptr(), scale, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _int64(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.int64)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Uninitialised contiguous memory for an output of x's shape and dtype, on huge pages where that pays."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    if out.nbytes >= _HUGE_BYTES:
+        _C.advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
+def _new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return q.new_empty((sequences, q.shape[2], q.shape[3], v.shape[3]), dtype=accumulation_dtype(q.dtype))
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    return_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    cu_seqlens = _int64(cu_seqlens)
+    o = _empty_like(v)
+    state = _new_state(q, v, cu_seqlens) if return_state else None
+    _C.attention_forward(
+        _shape(q, v, decay, scale, cu_seqlens),
+        _operand(q), _operand(k), _operand(v), _operand(o), _state(initial_state), _state(state),
+    )  # fmt: skip
+    return o, state
+
+
+def attention_backward(
+    do: Tensor,
+    dstate: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cu_seqlens = _int64(cu_seqlens)
+    dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
+    dinitial = _new_state(q, v, cu_seqlens)
+    _C.attention_backward(
+        _shape(q, v, decay, scale, cu_seqlens),
+        _operand(q), _operand(k), _operand(v), _operand(do), _state(initial_state), _state(dstate),
+        _operand(dq), _operand(dk), _operand(dv), _state(dinitial),
+    )  # fmt: skip
+    return dq, dk, dv, dinitial
+
+
+def attention_decode(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, slots: Tensor | None, scale: float
+) -> Tensor:
+    slots = _int64(slots)
+    o = _empty_like(v)
+    _C.attention_decode(
+        _shape(q, v, decay, scale, None),
+        _operand(q), _operand(k), _operand(v), _operand(o),
+        _DTYPES[state.dtype], _state(state), state.shape[0], 0 if slots is None else slots.data_ptr(),
+    )  # fmt: skip
+    return o
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """The rows of `x` as a matrix: a view wherever strides allow one."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _norm_arguments(
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float
+) -> tuple[tuple, Tensor, Tensor, Tensor]:
+    x, gate, weight = _matrix(x), _matrix(gate), weight.to(accumulation_dtype(x.dtype))
+    rows, dim = x.shape
+    sizes = (_DTYPES[x.dtype], rows, dim, x.stride(0), gate.stride(0), dim, eps, torch.get_num_threads())
+    return sizes, x, gate, weight
+
+
+def gated_rms_norm_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y = _empty_like(x)
+    rstd = torch.empty(x.shape[:-1], dtype=accumulation_dtype(x.dtype))
+    sizes, x, gate, weight = _norm_arguments(x, gate, weight, eps)
+    _C.gated_rms_norm_forward(
+        sizes, x.data_ptr(), gate.data_ptr(), weight.data_ptr(), y.data_ptr(), rstd.data_ptr()
+    )
+    return y, rstd
+
+
+def gated_rms_norm_backward(
+    dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dgate = _empty_like(x), _empty_like(x)
+    dweight = torch.empty(weight.shape, dtype=accumulation_dtype(x.dtype))
+    weight_dtype = weight.dtype
+    sizes, x, gate, weight = _norm_arguments(x, gate, weight, 0.0)
+    dy = _matrix(dy)
+    _C.gated_rms_norm_backward(
+        sizes, dy.data_ptr(), dy.stride(0), x.data_ptr(), gate.data_ptr(), weight.data_ptr(), rstd.data_ptr(),
+        dx.data_ptr(), dgate.data_ptr(), dweight.data_ptr(),
+    )  # fmt: skip
+    return dx, dgate, dweight.to(weight_dtype)

@@ -1,0 +1,277 @@
+"""The definition, in plain PyTorch: any device, floating dtype, head dimension and decay.
+
+    S_t = e^{-s} S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
+
+(arXiv 2501.08313, section 2.2). `recurrence`, `quadratic` and `block_form` are the same function written three ways,
+each differentiable by autograd:
+
+    q, k [B, T, H, K], v [B, T, H, V], decay [H] float32, initial_state [N, H, K, V] float32 or None,
+    cu_seqlens [N+1] or None (then N = B)  ->  o [B, T, H, V] in v's dtype, state [N, H, K, V] float32
+
+with float64 in place of float32 for float64 inputs. The remaining functions are this backend's raw interface.
+"""
+
+import functools
+from collections.abc import Callable
+from itertools import pairwise
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Spec, accumulation_dtype
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_BLOCK = 64  # of the raw functions, which compute in the accumulation dtype
+
+
+def recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Token by token, in the accumulation dtype."""
+    return _per_document(_recurrence, q, k, v, decay, scale, initial_state, cu_seqlens, upcast=True)
+
+
+def quadratic(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """All pairs of tokens at once, in the accumulation dtype."""
+    return _per_document(_quadratic, q, k, v, decay, scale, initial_state, cu_seqlens, upcast=True)
+
+
+def block_form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    block_size: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """The usual eager layer: matmuls in the inputs' dtype block by block, decay factors and state in float32."""
+    blocks = functools.partial(_blocks, block_size=block_size)
+    return _per_document(blocks, q, k, v, decay, scale, initial_state, cu_seqlens, upcast=False)
+
+
+def supports(spec: Spec) -> list[str]:
+    return []
+
+
+def _raw(function: Callable[P, R]) -> Callable[P, R]:
+    """A raw function sees neither the caller's grad mode nor its autocast."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        assert isinstance(args[0], Tensor)
+        with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@_raw
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    return_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    acc = accumulation_dtype(q.dtype)
+    decay = decay.to(acc)
+    o = v.new_empty(v.shape)
+    state = _state(q, v, initial_state, cu_seqlens)
+    for t, n in _batches(cu_seqlens):
+        q_, k_, v_ = (x[:, t].to(acc) for x in (q, k, v))
+        o[:, t], state[n] = _blocks(q_ * scale, k_, v_, decay, state[n], _BLOCK)
+    return o, state if return_state else None
+
+
+@_raw
+def attention_backward(
+    do: Tensor,
+    dstate: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = accumulation_dtype(q.dtype)
+    decay = decay.to(acc)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    state = _state(q, v, initial_state, cu_seqlens)
+    dstate = _state(q, v, dstate, cu_seqlens)
+    for t, n in _batches(cu_seqlens):
+        q_, k_, v_, do_ = (x[:, t].to(acc) for x in (q, k, v, do))
+        do_ = do_ * scale
+        # dQ is the forward with (dO, V, K) for (Q, K, V); dK and dV are forwards in reversed time, where the carried
+        # gradient R stands at the token itself, so that nothing is ever divided by a decay.
+        dq[:, t], _ = _blocks(do_, v_, k_, decay, state[n].mT, _BLOCK)
+        q_, k_, v_, do_ = (x.flip(1) for x in (q_, k_, v_, do_))
+        reverse_dk, _ = _blocks(v_, do_, q_, decay, dstate[n].mT, _BLOCK, lag=1)
+        reverse_dv, dstate[n] = _blocks(k_, q_, do_, decay, dstate[n], _BLOCK, lag=1)
+        dk[:, t], dv[:, t] = reverse_dk.flip(1), reverse_dv.flip(1)
+    return dq, dk, dv, dstate
+
+
+@_raw
+def attention_decode(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, slots: Tensor | None, scale: float
+) -> Tensor:
+    acc = accumulation_dtype(q.dtype)
+    o = v.new_zeros(v.shape)
+    if slots is None:
+        rows = slots = torch.arange(q.shape[0], device=q.device)
+    else:
+        rows = ((slots >= 0) & (slots < state.shape[0])).nonzero().squeeze(1)  # padding has no row
+        slots = slots[rows]
+    q_, k_, v_ = (x[rows].to(acc) for x in (q, k, v))
+    o_, state_ = _recurrence(q_ * scale, k_, v_, decay.to(acc), state[slots].to(acc))
+    o[rows] = o_.to(o.dtype)
+    state[slots] = state_.to(state.dtype)
+    return o
+
+
+@_raw
+def gated_rms_norm_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    acc = accumulation_dtype(x.dtype)
+    x_ = x.to(acc)
+    rstd = torch.rsqrt(x_.square().mean(-1) + eps)
+    y = x_ * rstd.unsqueeze(-1) * weight.to(acc) * gate.to(acc).sigmoid()
+    return y.to(x.dtype).contiguous(), rstd
+
+
+@_raw
+def gated_rms_norm_backward(
+    dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulation_dtype(x.dtype)
+    dy_, w, g = dy.to(acc), weight.to(acc), gate.to(acc).sigmoid()
+    r = rstd.unsqueeze(-1)
+    n = x.to(acc) * r  # normalised rows
+    dn = dy_ * w * g
+    dx = r * (dn - n * (dn * n).mean(-1, keepdim=True))
+    dgate = dn * n * (1 - g)
+    dweight = (dy_ * n * g).reshape(-1, x.shape[-1]).sum(0)
+    return dx.to(x.dtype).contiguous(), dgate.to(gate.dtype).contiguous(), dweight.to(weight.dtype)
+
+
+def _recurrence(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One dense batch in the accumulation dtype."""
+    carry = torch.exp(-decay)[:, None, None]  # [H, 1, 1]
+    outputs = []
+    for t in range(q.shape[1]):
+        state = carry * state + k[:, t, :, :, None] * v[:, t, :, None, :]  # [B, H, K, V]
+        outputs.append((q[:, t, :, None, :] @ state).squeeze(-2))  # [B, H, V]
+    o = torch.stack(outputs, 1) if outputs else torch.zeros_like(v)
+    return o, state
+
+
+def _quadratic(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One dense batch in the accumulation dtype."""
+    T = q.shape[1]
+    i = torch.arange(T, device=q.device)
+    s = decay[:, None]
+    pairs = torch.exp(-s[:, None] * (i[:, None] - i).clamp(min=0)).tril()  # [H, T, T]
+    o = torch.einsum("bihk,bjhk,hij,bjhv->bihv", q, k, pairs, v)
+    o = o + torch.einsum("bihk,hi,bhkv->bihv", q, torch.exp(-s * (i + 1)), state)
+    new = torch.einsum("bjhk,hj,bjhv->bhkv", k, torch.exp(-s * (T - 1 - i)), v)
+    return o, torch.exp(-s * T)[..., None] * state + new
+
+
+def _blocks(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, block_size: int, lag: int = 0
+) -> tuple[Tensor, Tensor]:
+    """One dense batch in blocks: matmuls in q's dtype, decay and state in the accumulation dtype.
+
+    lag 0: `state` stands before the first token, which reads it through e^{-s}. lag 1 (the backward): `state`
+    stands at the first token, which reads it whole; what the block adds to it is decayed once more instead.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
+    T, C = q.shape[2], max(min(block_size, q.shape[2]), 1)
+
+    # Distances are integers and every exponent is <= 0: nothing overflows, whatever the decay.
+    i = torch.arange(C, device=q.device)
+    s = decay[:, None, None]
+    pairs = torch.exp(-s * (i[:, None] - i).clamp(min=0)).tril().to(q.dtype)  # [H, C, C]
+    to_state = torch.exp(-s * (i[:, None] + 1 - lag)).to(q.dtype)  # [H, C, 1]
+    from_key = torch.exp(-s * (C - 1 - i[:, None] + lag)).to(q.dtype)  # [H, C, 1]
+
+    outputs = [v[:, :, :0]]
+    for start in range(0, T, C):
+        q_, k_, v_ = (x[:, :, start : start + C] for x in (q, k, v))
+        m = q_.shape[2]  # C, or fewer in the last block
+        inner = ((q_ @ k_.mT) * pairs[:, :m, :m]) @ v_
+        outputs.append(inner + (q_ * to_state[:, :m]) @ state.to(q.dtype))
+        state = torch.exp(-s * m) * state + (k_ * from_key[:, C - m :]).mT @ v_
+    return torch.cat(outputs, 2).transpose(1, 2), state
+
+
+def _per_document(
+    form: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    upcast: bool,
+) -> tuple[Tensor, Tensor]:
+    """`form`, which knows dense batches only, over every document."""
+    acc, dtype = accumulation_dtype(q.dtype), v.dtype
+    decay = decay.to(acc)
+    if upcast:
+        q, k, v = (x.to(acc) for x in (q, k, v))
+    if scale != 1:
+        q = q * scale
+    state = _state(q, v, initial_state, cu_seqlens)
+    if cu_seqlens is None:
+        o, state = form(q, k, v, decay, state)
+        return o.to(dtype), state
+    outputs, states = [v[:, :0]], [state[:0]]  # so that there is something to concatenate when N = 0
+    for t, n in _batches(cu_seqlens):
+        o, last = form(q[:, t], k[:, t], v[:, t], decay, state[n])
+        outputs.append(o)
+        states.append(last)
+    return torch.cat(outputs, 1).to(dtype), torch.cat(states)
+
+
+def _batches(cu_seqlens: Tensor | None) -> list[tuple[slice, slice]]:
+    """The dense batches of the input, each document or all of it: the slice of its tokens, and of its states."""
+    if cu_seqlens is None:
+        return [(slice(None), slice(None))]
+    return [(slice(a, b), slice(n, n + 1)) for n, (a, b) in enumerate(pairwise(cu_seqlens.tolist()))]
+
+
+def _state(q: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """A state of our own to start from: a copy of `state`, or zeros."""
+    acc = accumulation_dtype(q.dtype)
+    if state is not None:
+        return state.to(acc, copy=True)
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return q.new_zeros(N, q.shape[2], q.shape[3], v.shape[3], dtype=acc)

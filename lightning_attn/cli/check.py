@@ -1,0 +1,91 @@
+"""`lightning-attn check`: every op of every available backend against float64, by the rule of `accuracy`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import torch
+from rich.table import Table
+
+from . import report
+from .accuracy import Judge, Verdict
+from .cases import Case, dtype_name
+from .suites import check_cases
+
+
+@dataclass(frozen=True)
+class Row:
+    """One output of one case on one backend."""
+
+    backend: str
+    case: Case
+    verdict: Verdict
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        return self.backend, self.case.op, dtype_name(self.case.dtype)
+
+    def as_json(self) -> dict[str, object]:
+        what = dict(zip(("backend", "op", "dtype"), self.group, strict=True))
+        return what | {"shape": self.case.shape} | asdict(self.verdict) | {"ok": self.verdict.ok}
+
+
+@click.command()
+@click.option("--backend", help="Only this backend; it has to be available.  [default: all available]")
+@click.option("--json", "json_path", type=report.JSON_FILE, help="Also write every row to this file.")
+def check(backend: str | None, json_path: Path | None) -> None:
+    """Compare every op with the float64 recurrence.
+
+    Outputs, states and gradients may have twice the error of plain PyTorch in the same dtype, plus one
+    rounding. Exits with 1 if any has more.
+    """
+    backends = report.backends(backend)
+    console = report.console()
+    device = torch.device("cpu")
+    rows: list[Row] = []
+    cases = list(check_cases())
+    with report.progress(console) as progress:
+        task = progress.add_task("check", total=len(cases))
+        for case in cases:
+            progress.update(task, description=f"{case.op} {dtype_name(case.dtype)}")
+            rows += _judge(case, backends, device)
+            progress.advance(task)
+    console.print(_table(rows))
+    failures = [row for row in rows if not row.verdict.ok]
+    for row in failures:
+        where = " ".join((*row.group, report.shape_name(row.case.shape)))
+        console.print(f"FAIL {where}: {row.verdict}", style="red", markup=False, highlight=False)
+    console.print(f"{len(rows) - len(failures)} of {len(rows)} outputs pass.")
+    if json_path:
+        report.write_json(json_path, [row.as_json() for row in rows])
+    if failures:
+        raise SystemExit(1)
+
+
+def _judge(case: Case, backends: list[str], device: torch.device) -> Iterator[Row]:
+    inputs = case.inputs(device)
+    judge = Judge(case, inputs, case.passes[-1])
+    for backend in backends:
+        for verdict in judge.verdicts(case.ours(backend)):
+            yield Row(backend, case, verdict)
+
+
+def _table(rows: list[Row]) -> Table:
+    """For each backend, op and dtype: how many outputs pass, and the one nearest to its bound or beyond."""
+    groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.group].append(row)
+    table = report.table("Worst of each op", "backend", "op", "dtype", right=("pass", "error", "allowed"))
+    for name in ("output", "shape", "ok"):
+        table.add_column(name)
+    for group, members in groups.items():
+        worst = max(members, key=lambda row: row.verdict.strain)
+        passed = f"{sum(row.verdict.ok for row in members)}/{len(members)}"
+        v = worst.verdict
+        figures = (passed, report.exponent(v.error), report.exponent(v.allowed))
+        table.add_row(*group, *figures, v.output, report.shape_name(worst.case.shape), report.tick(v.ok))
+    return table

@@ -1,0 +1,140 @@
+"""This machine: its versions, its device, and the limits it really reaches."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import lightning_attn
+
+from .cases import dtype_name
+from .timing import best_seconds
+
+COPY_BYTES = 512 * 2**20  # of one buffer: far beyond every cache
+GEMM_SIZES = (256, 1024, 2048)
+GEMM_SECONDS = 0.5  # after a product that takes longer no larger one is tried
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python, of this package and of what it may use; None: not installed."""
+    packages = ("torch", "numpy", "triton", "cupy", "transformers")
+    return {
+        "lightning_attn": lightning_attn.__version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    # CuPy's wheels are named after the CUDA version they are built for.
+    for name in (package, *(f"cupy-cuda{n}x" for n in (11, 12, 13) if package == "cupy")):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return None
+
+
+def device() -> dict[str, str | int | None]:
+    """The processor, its cores that this process may use, and what PyTorch and the kernels make of them."""
+    return {
+        "name": _processor(),
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": instruction_set(),
+    }
+
+
+def instruction_set() -> str | None:
+    """The one that the cpu backend chose; None if that backend is not there."""
+    try:
+        from lightning_attn.backends import cpu
+
+        return cpu.instruction_set()
+    except (ImportError, AttributeError):
+        return None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """Of the checkout that this package is imported from, "-dirty" if changed; None if it is installed."""
+    package = Path(lightning_attn.__file__).resolve().parent
+    try:
+        top = _git(package, "rev-parse", "--show-toplevel")
+        if Path(top).resolve() != package.parent:
+            return None
+        return _git(package, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(directory), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this machine reaches with PyTorch's own product and copy."""
+
+    gemm_flops_per_s: dict[torch.dtype, float]
+    copy_bytes_per_s: float
+
+    def milliseconds(self, flops: int, bytes_: int, dtype: torch.dtype) -> float:
+        """The time that these flops and bytes take at the limits, whichever is longer."""
+        return 1e3 * max(flops / self.gemm_flops_per_s[dtype], bytes_ / self.copy_bytes_per_s)
+
+    def as_json(self) -> dict[str, object]:
+        gemm = {dtype_name(dtype): rate for dtype, rate in self.gemm_flops_per_s.items()}
+        return {"gemm_flops_per_s": gemm, "copy_bytes_per_s": self.copy_bytes_per_s}
+
+
+def measure_limits(dtypes: set[torch.dtype], device: torch.device) -> Limits:
+    """The best of several runs each: noise only ever makes a run slower.
+
+    16-bit dtypes have at least float32's rate, for a kernel may widen them where PyTorch has no fast product.
+    """
+    gemm = {dtype: _gemm_rate(dtype, device) for dtype in dtypes | {torch.float32}}
+    for dtype in gemm:
+        if dtype.itemsize == 2:
+            gemm[dtype] = max(gemm[dtype], gemm[torch.float32])
+    return Limits(gemm, _copy_rate(device))
+
+
+def _gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """flop/s of `torch.mm` on square matrices, the best of growing sizes."""
+    best = 0.0
+    for n in GEMM_SIZES:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        fastest = best_seconds(partial(torch.mm, a, b, out=torch.empty_like(a)), device)
+        best = max(best, 2 * n**3 / fastest)
+        if fastest > GEMM_SECONDS:
+            break
+    return best
+
+
+def _copy_rate(device: torch.device) -> float:
+    """bytes/s, read plus written, of `Tensor.copy_` between two buffers that fit in no cache."""
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+    fastest = best_seconds(partial(torch.zeros_like(source).copy_, source), device)
+    return 2 * COPY_BYTES / fastest

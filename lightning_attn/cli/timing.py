@@ -1,0 +1,55 @@
+"""Wall-clock times of calls, in one process, side by side."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from time import perf_counter
+
+import torch
+
+Call = Callable[[], object]
+
+MIN_REPEATS, MAX_REPEATS = 5, 10_000
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def seconds(call: Call, device: torch.device) -> float:
+    """The time of one call."""
+    synchronize(device)
+    start = perf_counter()
+    call()
+    synchronize(device)
+    return perf_counter() - start
+
+
+def medians(calls: Mapping[str, Call], device: torch.device, budget: float) -> dict[str, float]:
+    """The median time of each call, in seconds.
+
+    The calls take turns, so that a change of clock or a busy neighbour meets all of them alike and their
+    ratios stay true. One turn warms up; turns go on for `budget` seconds per call, at least MIN_REPEATS of
+    them.
+    """
+    return {name: statistics.median(times) for name, times in _turns(calls, device, budget).items()}
+
+
+def best_seconds(call: Call, device: torch.device, budget: float = 0.5) -> float:
+    """The shortest time of one call among as many as `budget` seconds allow."""
+    return min(_turns({"": call}, device, budget)[""])
+
+
+def _turns(calls: Mapping[str, Call], device: torch.device, budget: float) -> dict[str, list[float]]:
+    for call in calls.values():
+        seconds(call, device)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    start, turns = perf_counter(), 0
+    while turns < MIN_REPEATS or (turns < MAX_REPEATS and perf_counter() - start < budget * len(calls)):
+        for name, call in calls.items():
+            times[name].append(seconds(call, device))
+        turns += 1
+    return times

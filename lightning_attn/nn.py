@@ -1,0 +1,157 @@
+"""The layers, with the parameter names of the released MiniMax checkpoints."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import decay, validation
+from .functional import gated_rms_norm, lightning_attention
+
+
+class GatedRMSNorm(nn.Module):
+    """y = RMSNorm(x) * weight * sigmoid(gate), over the last dimension: see `gated_rms_norm`."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, gate: Tensor, backend: str = "auto") -> Tensor:
+        return gated_rms_norm(x, gate, self.weight, eps=self.eps, backend=backend)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class LightningAttention(nn.Module):
+    """The linear-attention layer of MiniMax-Text-01 (arXiv 2501.08313).
+
+        q | k | v = SiLU(qkv_proj(x))                      per head
+        y = out_proj(norm(attention(q, k, v)) * sigmoid(output_gate(x)))
+
+    with the decay `lightning_attn.decay.minimax(num_heads, layer_idx, num_layers)`, scale 1, and the norm over all heads
+    together. No biases. The decay is no parameter and in no state_dict; it stays float32 whatever the module's dtype.
+    """
+
+    decay: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        layer_idx: int,
+        num_layers: int,
+        norm_eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
+        self.layer_idx, self.num_layers = layer_idx, num_layers
+        inner = num_heads * head_dim
+        self.qkv_proj = nn.Linear(hidden_size, 3 * inner, bias=False, device=device, dtype=dtype)
+        self.output_gate = nn.Linear(hidden_size, inner, bias=False, device=device, dtype=dtype)
+        self.norm = GatedRMSNorm(inner, eps=norm_eps, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(inner, hidden_size, bias=False, device=device, dtype=dtype)
+        self.register_buffer("decay", self._decay(device), persistent=False)
+        self.register_load_state_dict_post_hook(_materialize_decay)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: Tensor | None = None,
+        return_state: bool = False,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        backend: str = "auto",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Applies the layer.
+
+        Args:
+            x: [B, T, hidden_size].
+            state: [N, H, D, D] float32 (float64 for a float64 module), as an earlier call returned it.
+            return_state: also return the state after the last token.
+            attention_mask: [B, T], nonzero = a real token. Padding, on either side or between tokens, adds nothing to
+                the state and decays nothing, whatever x holds there; its outputs are zero.
+            cu_seqlens: [N + 1], packed sequences as in `lightning_attention`; excludes attention_mask.
+            backend: as for `lightning_attention`.
+
+        Returns:
+            y [B, T, hidden_size]; with return_state, (y, state).
+        """
+        shape = (self.num_heads, self.head_dim, self.head_dim)
+        validation.layer(x, self.hidden_size, shape, state, attention_mask, cu_seqlens)
+        if attention_mask is None:
+            y, state = self._attend(x, state, cu_seqlens, backend)
+        else:
+            y, state = self._attend_masked(x, state, attention_mask != 0, backend)
+        return (y, state) if return_state else y
+
+    def _attend(
+        self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        B, T, _ = x.shape
+        H, D = self.num_heads, self.head_dim
+        qkv = F.silu(self.qkv_proj(x)).view(B, T, H, 3 * D)
+        q, k, v = qkv.split(D, dim=-1)
+        o, state = lightning_attention(
+            q,
+            k,
+            v,
+            self.decay,
+            initial_state=state,
+            return_state=True,
+            cu_seqlens=cu_seqlens,
+            backend=backend,
+        )
+        y = self.norm(o.reshape(B, T, H * D), self.output_gate(x), backend=backend)
+        return self.out_proj(y), state
+
+    def _attend_masked(
+        self, x: Tensor, state: Tensor | None, mask: Tensor, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        """Packs the real tokens of each sequence, and all padding as one more document: no sync, no dynamic shape."""
+        B, T, D = x.shape
+        x = x.masked_fill(
+            ~mask[..., None], 0
+        )  # so that no NaN of the padding reaches a gradient of the weights
+        sequence = torch.arange(B, device=x.device)[:, None].expand(B, T)
+        order = torch.where(mask, sequence, B).flatten().argsort(stable=True)
+        cu_seqlens = F.pad(mask.sum(1), (1, 1)).cumsum(0)
+        cu_seqlens[-1] = B * T
+        if state is not None:
+            state = torch.cat([state, state.new_zeros(1, *state.shape[1:])])
+        packed, state = self._attend(x.reshape(1, B * T, D)[:, order], state, cu_seqlens, backend)
+        y = torch.empty_like(packed).index_copy(1, order, packed)
+        return y.view(B, T, D), state[:B]
+
+    def _decay(self, device: torch.device | str | None) -> Tensor:
+        return decay.minimax(self.num_heads, self.layer_idx, self.num_layers, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LightningAttention":
+        # .to(dtype) would round the decay, and to_empty() would leave it unwritten.
+        super()._apply(fn, recurse)
+        self.decay = self._decay(self.decay.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, layer_idx={self.layer_idx}/{self.num_layers}"
+
+
+def _materialize_decay(module: LightningAttention, incompatible_keys: Any) -> None:
+    """After load_state_dict(assign=True) into a module made on the meta device."""
+    if module.decay.is_meta:
+        module.decay = module._decay(module.norm.weight.device)

@@ -1,0 +1,86 @@
+"""Builds lightning_attn._C from csrc/. Needs a C++17 compiler and pybind11; neither torch nor a network.
+
+Each kernel is one source, compiled once for every instruction set; csrc/cpu/dispatch.cpp chooses at run time.
+"""
+
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
+
+KERNELS = ["chunk_forward", "chunk_backward", "decode", "gated_rms_norm", "table"]
+BASELINE = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/runtime.cpp"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+
+MSVC = sys.platform == "win32"
+# GCC 12 takes the undefined lanes inside its own intrinsics for uninitialised variables.
+FLAGS = (
+    ["/O2", "/openmp", "/std:c++17"]
+    if MSVC
+    else [
+        "-std=c++17",
+        "-O3",
+        "-g0",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
+    ]
+)
+
+ParallelCompile("NPY_NUM_BUILD_JOBS", default=os.cpu_count() or 1).install()
+
+
+class build_kernels(build_ext):
+    """Compiles the kernels for every instruction set into objects of their own, then builds the extension."""
+
+    def accepts(self, flags: list[str]) -> bool:
+        """Whether the compiler takes these flags and links a program with them."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.cpp")
+            source.write_text("int main() { return 0; }\n")
+            try:
+                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
+                self.compiler.link_executable(objects, "probe", output_dir=folder, extra_postargs=flags)
+            except (CompileError, LinkError):
+                return False
+        return True
+
+    def build_extension(self, ext: Pybind11Extension) -> None:
+        x86 = platform.machine().lower() in ("x86_64", "amd64") and not MSVC
+        instruction_sets = {
+            "portable": [],
+            **(X86_FLAGS if x86 and self.accepts(X86_FLAGS["avx512_bf16"]) else {}),
+        }
+        if len(instruction_sets) > 1:
+            ext.define_macros.append(("LIGHTNING_X86", "1"))
+        if not MSVC and self.accepts(["-fopenmp"]):
+            ext.extra_compile_args.append("-fopenmp")
+            ext.extra_link_args.append("-fopenmp")
+        for name, flags in instruction_sets.items():
+            ext.extra_objects += self.compiler.compile(
+                [f"csrc/cpu/{kernel}.cpp" for kernel in KERNELS],
+                output_dir=str(Path(self.build_temp, name)),
+                macros=[("LIGHTNING_ISA", name)],
+                extra_postargs=[*ext.extra_compile_args, *flags],
+                depends=ext.depends,
+            )
+        super().build_extension(ext)
+
+
+extension = Pybind11Extension(
+    "lightning_attn._C",
+    BASELINE,
+    cxx_std=17,
+    extra_compile_args=FLAGS,
+    depends=[str(p) for p in Path("csrc").rglob("*.h")],
+)
+setup(ext_modules=[extension], cmdclass={"build_ext": build_kernels})

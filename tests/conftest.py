@@ -1,0 +1,56 @@
+"""Fixtures: a backend, a variant of one (a backend and, on the CPU, an instruction set), and a clean process state."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+from support import BACKENDS
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=25)
+settings.load_profile("repeatable")
+
+
+def _variants() -> list[str]:
+    """Every backend, and the cpu backend once for each instruction set that this machine has."""
+    names = []
+    for backend in BACKENDS:
+        if backend == "cpu":
+            from lightning_attn import _C
+
+            names += [f"cpu-{name}" for name in _C.instruction_sets()]
+        else:
+            names.append(backend)
+    return names
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of a backend that works here."""
+    return request.param
+
+
+@pytest.fixture(params=_variants())
+def variant(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a backend that works here, one instruction set after the other in use."""
+    backend, _, instruction_set = request.param.partition("-")
+    if not instruction_set:
+        yield backend
+        return
+    from lightning_attn import _C
+
+    best = _C.instruction_set()
+    _C.use_instruction_set(instruction_set)
+    yield backend
+    _C.use_instruction_set(best)
+
+
+@pytest.fixture(autouse=True)
+def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test starts with the default backend and two threads, whatever the environment says."""
+    monkeypatch.delenv("LIGHTNING_ATTN_BACKEND", raising=False)
+    monkeypatch.delenv("LIGHTNING_ATTN_CHECK", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
