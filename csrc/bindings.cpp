@@ -51,7 +51,7 @@ AttentionShape shape(const py::tuple& x) {
   s.cu_seqlens = static_cast<const int64_t*>(address(x[7]));
   s.decay = static_cast<const float*>(address(x[8]));
   s.scale = x[9].cast<double>();
-  s.threads = x[10].cast<int>();
+  s.threads = usable_threads(x[10].cast<int>());
   return s;
 }
 
@@ -66,7 +66,7 @@ GatedRMSNorm norm(const py::tuple& s, const py::handle& x, const py::handle& gat
   p.gate_stride = s[4].cast<int64_t>();
   p.y_stride = s[5].cast<int64_t>();
   p.eps = s[6].cast<double>();
-  p.threads = s[7].cast<int>();
+  p.threads = usable_threads(s[7].cast<int>());
   p.x = address(x);
   p.gate = address(gate);
   p.weight = address(weight);

@@ -12,7 +12,7 @@ from torch import Tensor
 def alibi(num_heads: int, *, device: torch.device | str | None = None) -> Tensor:
     """ALiBi slopes (arXiv 2108.12409): s_h = 2^(-8(h+1)/H).
 
-    For H not a power of two: the slopes of the power of two below H, then every other slope of twice that power.
+    For H not a power of two: the slopes of the power of two below, then every other slope of the one above.
     """
     _check(num_heads)
     return _rates(_alibi(num_heads), device)

@@ -15,7 +15,7 @@ _PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 class Spec:
     """What a backend needs to know to say whether it can run a call.
 
-    `op` is the name of the raw function. For the norms K and V are both the length of the normalised dimension,
+    `op` is the name of the raw function. For the norm K and V are both the length of the normalised dimension
     and state_dtype is the weight's dtype.
     """
 

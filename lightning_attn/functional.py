@@ -22,21 +22,22 @@ def lightning_attention(
 
         S_t = e^{-s} S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
 
-    so a token at distance n weighs e^{-s n} and the current token 1. Differentiable once in q, k, v and initial_state,
-    through o and through the state; nothing but the inputs is kept for the backward.
+    so a token at distance n weighs e^{-s n} and the current token 1. Differentiable once in q, k, v and
+    initial_state, through o and the state; nothing but the inputs is kept for the backward.
 
     Args:
-        q, k: [B, T, H, K], float32, bfloat16, float16 or float64, all of one dtype. Any strides; a copy is made only
-            if the last dimension is not contiguous.
+        q, k: [B, T, H, K], float32, bfloat16, float16 or float64. Any strides; a copy is made only if the
+            last dimension is not contiguous.
         v: [B, T, H, V], of q's dtype.
         decay: [H] float32, finite and >= 0: the rate s of each head, a constant (see `lightning_attn.decay`).
         scale: a finite number.
-        initial_state: [N, H, K, V] float32 (float64 with float64 inputs), any strides; None is zero.
+        initial_state: [N, H, K, V] float32 (float64 with float64 inputs), any strides; None is zero. Never
+            written to, nor aliased by the state that is returned.
         return_state: also return the state after the last token.
-        cu_seqlens: [N + 1] int32 or int64 with B = 1: token offsets of N packed sequences, each with its own state,
-            from 0 to T without a decrease (equal offsets are an empty sequence). Without it N = B.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". "auto" picks one, or what LIGHTNING_ATTN_BACKEND says;
-            a backend that was named runs or raises.
+        cu_seqlens: [N + 1] int32 or int64, with B = 1: the token offsets of N packed sequences, each with its
+            own state, from 0 to T and not decreasing (equal offsets: an empty sequence). Without it N = B.
+        backend: "reference", "cpu", "triton" or "cuda", which runs or raises; or "auto", which means the
+            backend in the environment variable LIGHTNING_ATTN_BACKEND, and without it the best that can run.
 
     Returns:
         o [B, T, H, V] in v's dtype; with return_state, (o, state) with state [N, H, K, V] as initial_state.
@@ -45,14 +46,16 @@ def lightning_attention(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or value, a decay that requires grad, a backend that cannot run. Values of
-            decay and cu_seqlens are read on CPU tensors, elsewhere only with LIGHTNING_ATTN_CHECK=1 in the
-            environment, as that waits for the device.
+        ValueError: a wrong shape, device or value, a decay that requires grad, a backend that cannot run. The
+            values of decay and cu_seqlens are read on a CPU only, as reading waits for a device; elsewhere
+            too if the environment variable LIGHTNING_ATTN_CHECK is 1.
     """
-    validation.tensors("lightning_attention", q=q, k=k, v=v, decay=decay)
-    validation.text("lightning_attention", backend=backend)
+    validation.types("lightning_attention", backend, q=q, k=k, v=v, decay=decay)
     q, k, v = _autocast(q, k, v)
     validation.attention(q, k, v, decay, scale, initial_state, cu_seqlens)
+    if torch.compiler.is_compiling():  # it cannot trace an autograd.Function that is given one tensor twice
+        k = k.view_as(k) if k is q else k
+        v = v.view_as(v) if v is q or v is k else v
     arguments = q, k, v, decay, scale, initial_state, cu_seqlens, return_state, backend
     if torch.is_grad_enabled() and (
         q.requires_grad
@@ -85,20 +88,19 @@ def lightning_attention_decode(
 
     Args:
         q, k, v, decay, scale, backend: as for `lightning_attention`.
-        state: [S, H, K, V] float32 or bfloat16 (float64 with float64 inputs), read and written once whatever T.
-            Its [K, V] matrices are dense and do not overlap; the strides of S and H are free.
-        slots: [B] int32 or int64: the row of `state` that belongs to each sequence, none twice. -1 is padding: its
-            outputs are zero and no state is touched. None: row b belongs to sequence b, and S = B.
+        state: [S, H, K, V] float32 or bfloat16 (float64 with float64 inputs), read and written once
+            whatever T is. Its [K, V] matrices are dense and do not overlap; the strides of S and H are free.
+        slots: [B] int32 or int64, the row of `state` that belongs to each sequence, none twice. -1: padding,
+            whose output is zero and which touches no state. None: row b belongs to sequence b, and S = B.
 
     Returns:
         o [B, T, H, V] in v's dtype.
 
     Raises:
-        TypeError, ValueError: as for `lightning_attention`, with the state untouched; also if grad mode is on and an
-            input requires grad.
+        TypeError, ValueError: as for `lightning_attention`, with the state untouched; also if an input
+            requires grad while grad mode is on.
     """
-    validation.tensors("lightning_attention_decode", q=q, k=k, v=v, decay=decay)
-    validation.text("lightning_attention_decode", backend=backend)
+    validation.types("lightning_attention_decode", backend, q=q, k=k, v=v, decay=decay)
     q, k, v = _autocast(q, k, v)
     validation.decode(q, k, v, decay, state, slots, scale)
     return ops.attention_decode(q, k, v, decay, state, slots, scale, backend)
@@ -111,7 +113,8 @@ def gated_rms_norm(
 
         y = x * rsqrt(mean(x^2) + eps) * weight * sigmoid(gate)
 
-    computed in float32 (float64 for float64 inputs) and rounded once. Differentiable once in x, gate and weight.
+    computed in float32 (float64 for float64 inputs) and rounded once. Differentiable once in x, gate and
+    weight.
 
     Args:
         x: [..., D], float32, bfloat16, float16 or float64.
@@ -124,12 +127,13 @@ def gated_rms_norm(
         y of x's shape and dtype. Under autocast x and gate are cast to its dtype first.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; a backend that cannot run.
+        TypeError, ValueError: an argument of a wrong type, dtype, shape or device; a backend that cannot run.
     """
-    validation.tensors("gated_rms_norm", x=x, gate=gate, weight=weight)
-    validation.text("gated_rms_norm", backend=backend)
+    validation.types("gated_rms_norm", backend, x=x, gate=gate, weight=weight)
     x, gate = _autocast(x, gate)
     validation.gated_rms_norm(x, gate, weight, eps)
+    if torch.compiler.is_compiling() and gate is x:  # as in lightning_attention
+        gate = gate.view_as(gate)
     if torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad or weight.requires_grad):
         return ops.GatedRMSNormFunction.apply(x, gate, weight, eps, backend)
     return ops.gated_rms_norm_forward(x, gate, weight, eps, backend)[0]

@@ -39,8 +39,8 @@ class LightningAttention(nn.Module):
         q | k | v = SiLU(qkv_proj(x))                      per head
         y = out_proj(norm(attention(q, k, v)) * sigmoid(output_gate(x)))
 
-    with the decay `lightning_attn.decay.minimax(num_heads, layer_idx, num_layers)`, scale 1, and the norm over all heads
-    together. No biases. The decay is no parameter and in no state_dict; it stays float32 whatever the module's dtype.
+    with decay `lightning_attn.decay.minimax(num_heads, layer_idx, num_layers)`, scale 1, the norm over all
+    heads together and no biases. The decay is in no state_dict and stays float32 whatever the module's dtype.
     """
 
     decay: Tensor
@@ -84,8 +84,8 @@ class LightningAttention(nn.Module):
             x: [B, T, hidden_size].
             state: [N, H, D, D] float32 (float64 for a float64 module), as an earlier call returned it.
             return_state: also return the state after the last token.
-            attention_mask: [B, T], nonzero = a real token. Padding, on either side or between tokens, adds nothing to
-                the state and decays nothing, whatever x holds there; its outputs are zero.
+            attention_mask: [B, T], nonzero for a real token. Padding, on either side or between tokens, adds
+                nothing and decays nothing, whatever x holds there; its outputs are zero.
             cu_seqlens: [N + 1], packed sequences as in `lightning_attention`; excludes attention_mask.
             backend: as for `lightning_attention`.
 
@@ -123,18 +123,18 @@ class LightningAttention(nn.Module):
     def _attend_masked(
         self, x: Tensor, state: Tensor | None, mask: Tensor, backend: str
     ) -> tuple[Tensor, Tensor]:
-        """Packs the real tokens of each sequence, and all padding as one more document: no sync, no dynamic shape."""
+        """Packs the real tokens of each sequence, then all padding as a document of its own, whose state is
+        dropped: no shape depends on the mask, and nothing waits for the device.
+        """
         B, T, D = x.shape
-        x = x.masked_fill(
-            ~mask[..., None], 0
-        )  # so that no NaN of the padding reaches a gradient of the weights
+        x = x.masked_fill(~mask[..., None], 0)  # or a NaN there would reach the gradients of the weights
         sequence = torch.arange(B, device=x.device)[:, None].expand(B, T)
         order = torch.where(mask, sequence, B).flatten().argsort(stable=True)
         cu_seqlens = F.pad(mask.sum(1), (1, 1)).cumsum(0)
         cu_seqlens[-1] = B * T
         if state is not None:
             state = torch.cat([state, state.new_zeros(1, *state.shape[1:])])
-        packed, state = self._attend(x.reshape(1, B * T, D)[:, order], state, cu_seqlens, backend)
+        packed, state = self._attend(x.view(1, B * T, D).index_select(1, order), state, cu_seqlens, backend)
         y = torch.empty_like(packed).index_copy(1, order, packed)
         return y.view(B, T, D), state[:B]
 
@@ -148,7 +148,10 @@ class LightningAttention(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, layer_idx={self.layer_idx}/{self.num_layers}"
+        return (
+            f"hidden_size={self.hidden_size}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
+            f"layer_idx={self.layer_idx}, num_layers={self.num_layers}"
+        )
 
 
 def _materialize_decay(module: LightningAttention, incompatible_keys: Any) -> None:

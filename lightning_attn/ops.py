@@ -1,8 +1,9 @@
 """The operators as torch.library knows them, and their gradients.
 
-One operator per raw backend function (`backends/__init__.py`). Each checks the values its kernel relies on, chooses the
-backend, brings the tensors into the layout that kernels take, and makes one call. The choice is made here, not above:
-torch.compile does not look into an operator, so a compiled graph chooses when it runs, as eager code does.
+One operator per raw backend function (`backends/__init__.py`). Each checks the values that its kernel relies
+on, chooses the backend, brings the tensors into the layout that kernels take, and makes one call. The choice
+is made here because torch.compile does not look into operators: a compiled graph chooses when it runs, as
+eager code does.
 """
 
 import functools
@@ -13,7 +14,6 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends, dispatch, validation
 from .dispatch import accumulation_dtype
@@ -27,7 +27,7 @@ _library = torch.library.Library("lightning_attn", "DEF")
 def _operator(
     fake: Callable[P, R], mutates: tuple[str, ...] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Registers the decorated function as the operator of its name and signature, for real tensors of any device.
+    """Registers the decorated function as the operator of its name and signature, for tensors of any device.
 
     `fake` gives the outputs' shapes and dtypes; outputs are contiguous and never alias an input.
     """
@@ -135,7 +135,8 @@ def _attention_backward_fake(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), _state(q, v, cu_seqlens)
+    dinitial_state = _no_state(q) if initial_state is None else _state(q, v, cu_seqlens)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dinitial_state
 
 
 @_operator(_attention_backward_fake)
@@ -155,9 +156,10 @@ def attention_backward(
         validation.attention_values("lightning_attention", decay, cu_seqlens, q.shape[1])
     kernels = _kernels(backend, "attention_backward", q, accumulation_dtype(q.dtype), v.shape[3])
     do, q, k, v = _rows(do), _rows(q), _rows(k), _rows(v)
-    return kernels.attention_backward(
+    dq, dk, dv, dinitial_state = kernels.attention_backward(
         do, _dense(dstate), q, k, v, _dense(decay), scale, _dense(initial_state), _dense(cu_seqlens)
     )
+    return dq, dk, dv, _no_state(q) if dinitial_state is None else dinitial_state
 
 
 def _attention_decode_fake(
@@ -222,8 +224,39 @@ def gated_rms_norm_backward(
     return kernels.gated_rms_norm_backward(_rows(dy), _rows(x), _rows(gate), _dense(weight), _dense(rstd))
 
 
+class _NotTwice(torch.autograd.Function):
+    """The first `count` tensors, gradients, as a function of all of them that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError("lightning_attn: expected gradients to be taken once, got a second derivative")
+
+
+def _once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """PyTorch's decorator of this name looks at the incoming gradients only: of o.sum() they are constants,
+    and a gradient penalty would silently be left out. This one looks at the saved tensors too.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        sources = [x for x in (*grads, *ctx.saved_tensors) if x is not None and x.requires_grad]
+        found = [x for x in outputs if x is not None]
+        marked = iter(_NotTwice.apply(len(found), *found, *sources))
+        return tuple(x if x is None else next(marked) for x in outputs)
+
+    return run
+
+
 class AttentionFunction(torch.autograd.Function):
-    """attention_forward, differentiable in q, k, v and initial_state through o and the state. Saves inputs only."""
+    """attention_forward, differentiable in q, k, v and initial_state; saves nothing but inputs."""
 
     @staticmethod
     def forward(
@@ -240,15 +273,17 @@ class AttentionFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, decay, initial_state, cu_seqlens)
-        ctx.scale, ctx.backend = scale, backend
+        ctx.scale, ctx.return_state, ctx.backend = scale, return_state, backend
         return attention_forward(q, k, v, decay, scale, initial_state, cu_seqlens, return_state, backend)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, do: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, decay, initial_state, cu_seqlens = ctx.saved_tensors
         if do is None:
             do = v.new_zeros(v.shape)
+        if not ctx.return_state:  # torch.compile may give the empty stand-in for the state a gradient
+            dstate = None
         dq, dk, dv, dinitial_state = attention_backward(
             do, dstate, q, k, v, decay, ctx.scale, initial_state, cu_seqlens, ctx.backend
         )
@@ -257,7 +292,7 @@ class AttentionFunction(torch.autograd.Function):
 
 
 class GatedRMSNormFunction(torch.autograd.Function):
-    """gated_rms_norm_forward, differentiable in x, gate and weight. Saves its inputs and one number per row."""
+    """gated_rms_norm_forward, differentiable in x, gate and weight; saves its inputs and a number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
@@ -267,7 +302,8 @@ class GatedRMSNormFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dgate, dweight = gated_rms_norm_backward(dy, *ctx.saved_tensors, ctx.backend)
+        x, gate, weight, rstd = ctx.saved_tensors
+        dx, dgate, dweight = gated_rms_norm_backward(dy, x, gate, weight, rstd, ctx.backend)
         return dx, dgate, dweight, None, None

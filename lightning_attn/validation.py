@@ -1,7 +1,7 @@
 """Every input error, in the form "function: expected ..., got ...".
 
-The public functions check the structure of their arguments: types, dtypes, shapes, devices and strides. `*_values`
-read tensors; the registered operators call them, so that they also hold under torch.compile.
+The public functions check the structure of their arguments: types, dtypes, shapes, devices and strides. The
+functions named `*_values` read tensors; operators call them, so that they also hold under torch.compile.
 """
 
 import math
@@ -13,20 +13,12 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
 
 
-def tensors(function: str, **arguments: object) -> None:
-    """Each argument is a dense tensor."""
-    for name, x in arguments.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{function}: expected {name} to be a torch.Tensor, got {type(x).__name__}")
-        if x.layout != torch.strided:
-            raise TypeError(f"{function}: expected {name} of layout torch.strided, got {x.layout}")
-
-
-def text(function: str, **arguments: object) -> None:
-    """Each argument is a string."""
-    for name, x in arguments.items():
-        if not isinstance(x, str):
-            raise TypeError(f"{function}: expected {name} to be a str, got {type(x).__name__}")
+def types(function: str, backend: str, **tensors: Tensor) -> None:
+    """The types of arguments: comes before everything that takes them for granted."""
+    for name, x in tensors.items():
+        _tensor(function, name, x)
+    if not isinstance(backend, str):
+        raise TypeError(f"{function}: expected backend to be a str, got {type(backend).__name__}")
 
 
 def attention(
@@ -41,31 +33,26 @@ def attention(
     """The structure of the arguments of lightning_attention."""
     function = "lightning_attention"
     _tokens(function, q, k, v, decay, scale)
-    B, _, H, K = q.shape
-    N = B
+    N, _, H, K = q.shape
     if cu_seqlens is not None:
-        tensors(function, cu_seqlens=cu_seqlens)
-        if cu_seqlens.dtype not in _INTEGERS:
-            raise TypeError(
-                f"{function}: expected cu_seqlens of dtype int32 or int64, got {cu_seqlens.dtype}"
-            )
+        _index(function, "cu_seqlens", cu_seqlens, q)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
             raise ValueError(f"{function}: expected cu_seqlens of shape [N + 1], got {_shape(cu_seqlens)}")
-        if B != 1:
+        if N != 1:
             raise ValueError(f"{function}: expected q of shape [1, T, H, K] with cu_seqlens, got {_shape(q)}")
-        _same_device(function, "cu_seqlens", cu_seqlens, q)
         N = cu_seqlens.shape[0] - 1
     if initial_state is not None:
-        tensors(function, initial_state=initial_state)
+        _tensor(function, "initial_state", initial_state)
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         if initial_state.dtype != dtype:
             raise TypeError(f"{function}: expected initial_state of dtype {dtype}, got {initial_state.dtype}")
-        if initial_state.shape != (N, H, K, v.shape[3]):
+        shape = (N, H, K, v.shape[3])
+        if initial_state.shape != shape:
             raise ValueError(
-                f"{function}: expected initial_state of shape [N, H, K, V] = {[N, H, K, v.shape[3]]}, "
+                f"{function}: expected initial_state of shape [N, H, K, V] = {list(shape)}, "
                 f"got {_shape(initial_state)}"
             )
-        _same_device(function, "initial_state", initial_state, q)
+        _same_device(function, "initial_state", initial_state, "q", q)
 
 
 def decode(
@@ -74,58 +61,53 @@ def decode(
     """The structure of the arguments of lightning_attention_decode."""
     function = "lightning_attention_decode"
     _tokens(function, q, k, v, decay, scale)
-    tensors(function, state=state)
     B, _, H, K = q.shape
     V = v.shape[3]
+    _tensor(function, "state", state)
     dtypes = (torch.float64,) if q.dtype == torch.float64 else (torch.float32, torch.bfloat16)
     if state.dtype not in dtypes:
-        raise TypeError(
-            f"{function}: expected state of dtype {' or '.join(map(str, dtypes))} with {q.dtype} inputs, got {state.dtype}"
-        )
+        names = " or ".join(map(str, dtypes))
+        raise TypeError(f"{function}: expected state of dtype {names}, got {state.dtype}")
     if state.dim() != 4 or state.shape[1:] != (H, K, V) or (slots is None and state.shape[0] != B):
-        S = f"B, H, K, V] = [{B}" if slots is None else "S, H, K, V] = [S"
-        raise ValueError(f"{function}: expected state of shape [{S}, {H}, {K}, {V}], got {_shape(state)}")
-    if not state.is_contiguous() and not _dense_rows(state):
+        S = "S" if slots is not None else f"B = {B}"
         raise ValueError(
-            f"{function}: expected state with dense [K, V] matrices that do not overlap, got strides {state.stride()} "
-            f"for shape {_shape(state)}"
+            f"{function}: expected state of shape [S, H, K, V] = [{S}, {H}, {K}, {V}], got {_shape(state)}"
         )
-    _same_device(function, "state", state, q)
+    if not state.is_contiguous() and not _disjoint_matrices(state):
+        raise ValueError(
+            f"{function}: expected state of dense [K, V] matrices that do not overlap, "
+            f"got strides {list(state.stride())}"
+        )
+    _same_device(function, "state", state, "q", q)
     if slots is not None:
-        tensors(function, slots=slots)
-        if slots.dtype not in _INTEGERS:
-            raise TypeError(f"{function}: expected slots of dtype int32 or int64, got {slots.dtype}")
+        _index(function, "slots", slots, q)
         if slots.shape != (B,):
             raise ValueError(f"{function}: expected slots of shape [B] = [{B}], got {_shape(slots)}")
-        _same_device(function, "slots", slots, q)
-    if torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad or state.requires_grad
-    ):
-        raise ValueError(
-            f"{function}: expected inputs that do not require grad, as decoding updates the state in place and is not "
-            "differentiable; use torch.no_grad() or lightning_attention"
-        )
+    if torch.is_grad_enabled():
+        for name, x in (("q", q), ("k", k), ("v", v), ("state", state)):
+            if x.requires_grad:
+                raise ValueError(
+                    f"{function}: expected {name} without requires_grad (decoding is not differentiable: "
+                    "use torch.no_grad() or lightning_attention), got a tensor that requires grad"
+                )
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> None:
     """The structure of the arguments of gated_rms_norm."""
     function = "gated_rms_norm"
-    if x.dtype not in _FLOATS:
-        raise TypeError(
-            f"{function}: expected x of dtype float32, bfloat16, float16 or float64, got {x.dtype}"
-        )
+    _floating(function, "x", x)
     if gate.dtype != x.dtype:
         raise TypeError(f"{function}: expected gate of x's dtype {x.dtype}, got {gate.dtype}")
     if weight.dtype != x.dtype and weight.dtype != torch.float32:
         raise TypeError(f"{function}: expected weight of x's dtype {x.dtype} or float32, got {weight.dtype}")
-    if x.dim() == 0:
-        raise ValueError(f"{function}: expected x of shape [..., D], got []")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{function}: expected x of shape [..., D], got {_shape(x)}")
     if gate.shape != x.shape:
         raise ValueError(f"{function}: expected gate of x's shape {_shape(x)}, got {_shape(gate)}")
     if weight.shape != x.shape[-1:]:
-        raise ValueError(f"{function}: expected weight of shape [D] = {[x.shape[-1]]}, got {_shape(weight)}")
-    _same_device(function, "gate", gate, x, "x")
-    _same_device(function, "weight", weight, x, "x")
+        raise ValueError(f"{function}: expected weight of shape [D] = [{x.shape[-1]}], got {_shape(weight)}")
+    _same_device(function, "gate", gate, "x", x)
+    _same_device(function, "weight", weight, "x", x)
     _number(function, "eps", eps)
     if eps <= 0:
         raise ValueError(f"{function}: expected eps > 0, got {eps}")
@@ -139,105 +121,135 @@ def layer(
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    """The structure of the arguments of LightningAttention.forward, as far as lightning_attention does not see it."""
+    """The structure of the arguments of LightningAttention that lightning_attention does not see."""
     function = "LightningAttention"
-    tensors(function, x=x)
+    _tensor(function, "x", x)
     if x.dim() != 3 or x.shape[2] != hidden_size:
         raise ValueError(f"{function}: expected x of shape [B, T, {hidden_size}], got {_shape(x)}")
     if attention_mask is None:
         return
     if cu_seqlens is not None:
         raise ValueError(f"{function}: expected attention_mask or cu_seqlens, got both")
-    tensors(function, attention_mask=attention_mask)
+    _tensor(function, "attention_mask", attention_mask)
     if attention_mask.shape != x.shape[:2]:
         raise ValueError(
-            f"{function}: expected attention_mask of shape [B, T] = {_shape(x)[:2]}, got {_shape(attention_mask)}"
+            f"{function}: expected attention_mask of shape [B, T] = {_shape(x)[:2]}, "
+            f"got {_shape(attention_mask)}"
         )
-    _same_device(function, "attention_mask", attention_mask, x, "x")
+    _same_device(function, "attention_mask", attention_mask, "x", x)
     if state is not None:
-        tensors(function, state=state)
-        if state.shape != (x.shape[0], *state_shape):
+        _tensor(function, "state", state)
+        shape = (x.shape[0], *state_shape)
+        if state.shape != shape:
             raise ValueError(
-                f"{function}: expected state of shape [B, H, D, D] = {[x.shape[0], *state_shape]}, got {_shape(state)}"
+                f"{function}: expected state of shape [B, H, D, D] = {list(shape)}, got {_shape(state)}"
             )
 
 
 def attention_values(function: str, decay: Tensor, cu_seqlens: Tensor | None, T: int) -> None:
     """The values of decay, and of cu_seqlens for T packed tokens."""
-    if decay.numel():
-        low, high = torch.aminmax(decay)
-        if not (low.item() >= 0 and high.item() < math.inf):  # false for NaN
-            raise ValueError(f"{function}: expected decay finite and >= 0, got values in [{low:g}, {high:g}]")
-    if cu_seqlens is not None:
-        first, last = cu_seqlens[0].item(), cu_seqlens[-1].item()
-        if first != 0:
-            raise ValueError(f"{function}: expected cu_seqlens to start at 0, got {first}")
-        if last != T:
-            raise ValueError(f"{function}: expected cu_seqlens to end at T = {T}, got {last}")
-        if (cu_seqlens[1:] < cu_seqlens[:-1]).any():
-            raise ValueError(f"{function}: expected cu_seqlens not to decrease, got {cu_seqlens.tolist()}")
+    _decay_values(function, decay)
+    if cu_seqlens is None:
+        return
+    first, last = cu_seqlens[0].item(), cu_seqlens[-1].item()
+    if first != 0:
+        raise ValueError(f"{function}: expected cu_seqlens to start at 0, got {first}")
+    if last != T:
+        raise ValueError(f"{function}: expected cu_seqlens to end at T = {T}, got {last}")
+    if (cu_seqlens[1:] < cu_seqlens[:-1]).any():
+        raise ValueError(f"{function}: expected cu_seqlens not to decrease, got {cu_seqlens.tolist()}")
 
 
 def decode_values(function: str, decay: Tensor, slots: Tensor | None, S: int) -> None:
     """The values of decay, and of slots for S state rows."""
-    attention_values(function, decay, None, 0)
-    if slots is not None:
-        used = [slot for slot in slots.tolist() if slot != -1]
-        if used and not (min(used) >= 0 and max(used) < S):
-            raise ValueError(f"{function}: expected slots in [0, {S}) or -1, got {slots.tolist()}")
-        if len(set(used)) != len(used):
-            raise ValueError(f"{function}: expected slots without duplicates, got {slots.tolist()}")
+    _decay_values(function, decay)
+    if slots is None:
+        return
+    used = [slot for slot in slots.tolist() if slot != -1]
+    if used and not 0 <= min(used) <= max(used) < S:
+        raise ValueError(f"{function}: expected slots in [0, {S}) or -1, got {slots.tolist()}")
+    if len(set(used)) != len(used):
+        raise ValueError(f"{function}: expected slots without duplicates, got {slots.tolist()}")
+
+
+def _decay_values(function: str, decay: Tensor) -> None:
+    if decay.numel() == 0:
+        return
+    low, high = (x.item() for x in torch.aminmax(decay))
+    if not 0 <= low <= high < math.inf:  # false for NaN
+        raise ValueError(f"{function}: expected decay finite and >= 0, got values from {low:g} to {high:g}")
 
 
 def _tokens(function: str, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float) -> None:
-    if q.dtype not in _FLOATS:
-        raise TypeError(
-            f"{function}: expected q of dtype float32, bfloat16, float16 or float64, got {q.dtype}"
-        )
-    if k.dtype != q.dtype:
-        raise TypeError(f"{function}: expected k of q's dtype {q.dtype}, got {k.dtype}")
-    if v.dtype != q.dtype:
-        raise TypeError(f"{function}: expected v of q's dtype {q.dtype}, got {v.dtype}")
+    _floating(function, "q", q)
+    dtype = q.dtype
+    if k.dtype != dtype:
+        raise TypeError(f"{function}: expected k of q's dtype {dtype}, got {k.dtype}")
+    if v.dtype != dtype:
+        raise TypeError(f"{function}: expected v of q's dtype {dtype}, got {v.dtype}")
     if decay.dtype != torch.float32:
         raise TypeError(f"{function}: expected decay of dtype float32, got {decay.dtype}")
     if q.dim() != 4:
         raise ValueError(f"{function}: expected q of shape [B, T, H, K], got {_shape(q)}")
-    if k.shape != q.shape:
+    shape = q.shape
+    if k.shape != shape:
         raise ValueError(f"{function}: expected k of q's shape [B, T, H, K] = {_shape(q)}, got {_shape(k)}")
-    B, T, H, _ = q.shape
-    if v.dim() != 4 or v.shape[:3] != q.shape[:3]:
+    B, T, H, _ = shape
+    if v.dim() != 4 or v.shape[:3] != shape[:3]:
         raise ValueError(
             f"{function}: expected v of shape [B, T, H, V] = [{B}, {T}, {H}, V], got {_shape(v)}"
         )
     if decay.shape != (H,):
         raise ValueError(f"{function}: expected decay of shape [H] = [{H}], got {_shape(decay)}")
-    device = q.device
-    if k.device != device or v.device != device or decay.device != device:
-        for name, x in (("k", k), ("v", v), ("decay", decay)):
-            _same_device(function, name, x, q)
+    _same_device(function, "k", k, "q", q)
+    _same_device(function, "v", v, "q", q)
+    _same_device(function, "decay", decay, "q", q)
     _number(function, "scale", scale)
     if decay.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{function}: expected decay to be a constant, got a tensor that requires grad")
 
 
-def _same_device(function: str, name: str, x: Tensor, like: Tensor, like_name: str = "q") -> None:
-    if x.device != like.device:
-        raise ValueError(f"{function}: expected {name} on {like_name}'s device {like.device}, got {x.device}")
+def _tensor(function: str, name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{function}: expected {name} to be a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{function}: expected {name} of layout torch.strided, got {x.layout}")
 
 
-def _number(function: str, name: str, value: object) -> None:
+def _floating(function: str, name: str, x: Tensor) -> None:
+    if x.dtype not in _FLOATS:
+        raise TypeError(
+            f"{function}: expected {name} of dtype float32, bfloat16, float16 or float64, got {x.dtype}"
+        )
+
+
+def _index(function: str, name: str, x: Tensor, q: Tensor) -> None:
+    _tensor(function, name, x)
+    if x.dtype not in _INTEGERS:
+        raise TypeError(f"{function}: expected {name} of dtype int32 or int64, got {x.dtype}")
+    _same_device(function, name, x, "q", q)
+
+
+def _same_device(function: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(
+            f"{function}: expected {name} on {other_name}'s device {other.device}, got {x.device}"
+        )
+
+
+def _number(function: str, name: str, value: float) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{function}: expected {name} to be a Python number, got {type(value).__name__}")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{function}: expected {name} to be finite, got {value}")
 
 
-def _dense_rows(state: Tensor) -> bool:
-    """Whether a state [S, H, K, V] is made of dense [K, V] matrices, no two of which share memory."""
-    S, H, K, V = state.shape
-    stride_s, stride_h, stride_k, stride_v = state.stride()
+def _disjoint_matrices(state: Tensor) -> bool:
+    """Whether a state [S, H, K, V] is made of dense [K, V] matrices that share no memory."""
     if state.numel() == 0:
         return True
+    S, H, K, V = state.shape
+    stride_s, stride_h, stride_k, stride_v = state.stride()
     if (V > 1 and stride_v != 1) or (K > 1 and stride_k != V):
         return False
     extent = K * V

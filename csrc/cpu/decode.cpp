@@ -22,8 +22,10 @@ void widen(Acc* to, const T* from, int64_t stride, int64_t tokens, int64_t dim, 
 }
 
 template <class T, class S, class Acc = Accumulate<T>>
-void step(const AttentionDecode& p, const T* q, const T* k, const T* v, T* o, S* state, Acc lambda) {
+void step(const AttentionDecode& p, const T* q, const T* k, const T* v, T* o, S* state, double rate) {
   constexpr int64_t kLanes = kWidth<Acc>;
+  // In two parts: what rounding takes from a slow decay would be lost again at every token ever decoded.
+  const Acc lambda = Acc(std::exp(-rate)), correction = Acc(std::exp(-rate) - double(lambda));
   const int64_t tokens = p.shape.tokens, key_dim = p.shape.key_dim, value_dim = p.shape.value_dim;
   const auto whole = [](int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; };
   const int64_t key_pad = whole(key_dim), value_pad = whole(value_dim);
@@ -48,7 +50,7 @@ void step(const AttentionDecode& p, const T* q, const T* k, const T* v, T* o, S*
         const Acc* const v_t = vs + t * value_pad + panel;
         Acc* const o_t = os + t * value_pad + panel;
         for (int x = 0; x < vectors; ++x) {
-          s[x] = s[x] * broadcast(lambda) + k_i * load(v_t + x * kLanes);
+          s[x] = s[x] * broadcast(lambda) + (s[x] * broadcast(correction) + k_i * load(v_t + x * kLanes));
           store(o_t + x * kLanes, load(o_t + x * kLanes) + q_i * s[x]);
         }
       }
@@ -78,8 +80,7 @@ void decode(const AttentionDecode& p) {
       continue;
     }
     S* const state = static_cast<S*>(p.state.data) + row * p.state.row + h * p.state.head;
-    using Acc = Accumulate<T>;
-    step<T, S>(p, at(p.q), at(p.k), at(p.v), at(p.o), state, Acc(std::exp(-double(p.shape.decay[h]))));
+    step<T, S>(p, at(p.q), at(p.k), at(p.v), at(p.o), state, p.shape.decay[h]);
   }
 }
 

@@ -54,14 +54,17 @@ void backward(const GatedRMSNorm& p) {
   const int64_t dim_padded = (p.dim + kLanes - 1) / kLanes * kLanes;
   const auto* weight = static_cast<const Acc*>(p.weight);
   const int threads = threads_for(p);
-  // A partial sum of grad_weight for each block of rows, added in order: bitwise repeatable.
-  const Buffer partial_buffer(size_t(threads * dim_padded) * sizeof(Acc));
+  // A partial sum of grad_weight for each block of rows, added in order: bitwise repeatable. The sums are compensated
+  // (Kahan), as there may be a million rows: what an addition lost is in the second half and goes into the next.
+  const int64_t stride = 2 * dim_padded;
+  const Buffer partial_buffer(size_t(threads * stride) * sizeof(Acc));
   auto* const partials = static_cast<Acc*>(partial_buffer.data());
 
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int block = 0; block < threads; ++block) {
-    Acc* const grad_weight = partials + block * dim_padded;
-    std::memset(grad_weight, 0, size_t(dim_padded) * sizeof(Acc));
+    Acc* const grad_weight = partials + block * stride;
+    Acc* const lost = grad_weight + dim_padded;
+    std::memset(grad_weight, 0, size_t(stride) * sizeof(Acc));
     auto* const e_row = static_cast<Acc*>(thread_scratch(size_t(dim_padded) * sizeof(Acc)));
     for (int64_t row = p.rows * block / threads; row < p.rows * (block + 1) / threads; ++row) {
       const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
@@ -74,7 +77,9 @@ void backward(const GatedRMSNorm& p) {
       for_vectors<Acc>(p.dim, [&](int64_t j, auto count) {
         const Vector<Acc> n = load_first(x + j, count) * rstd, g = sigmoid<Acc>(load_first(gate + j, count));
         const Vector<Acc> dy = load_first(grad_y + j, count), e = dy * load_first(weight + j, count) * g;
-        store(grad_weight + j, load(grad_weight + j) + dy * n * g);
+        const Vector<Acc> term = dy * n * g - load(lost + j), before = load(grad_weight + j), after = before + term;
+        store(lost + j, (after - before) - term);
+        store(grad_weight + j, after);
         store_first(grad_gate + j, e * n * (one - g), count);
         store(e_row + j, e);
         e_dot_n += e * n;
@@ -89,7 +94,7 @@ void backward(const GatedRMSNorm& p) {
   auto* const grad_weight = static_cast<Acc*>(p.grad_weight);
   for (int64_t j = 0; j < p.dim; ++j) {
     Acc total = 0;
-    for (int block = 0; block < threads; ++block) total += partials[block * dim_padded + j];
+    for (int block = 0; block < threads; ++block) total += partials[block * stride + j];
     grad_weight[j] = total;
   }
 }

@@ -8,6 +8,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 
 namespace lightning {
 namespace {
@@ -16,7 +19,17 @@ constexpr std::align_val_t kAlign{64};
 constexpr int64_t kSegmentMultiple = 64;    // whole blocks, see kBlock in block.h
 constexpr double kWorkPerThread = 1 << 18;  // multiply-adds that repay waking a thread (some 5 us)
 
+bool forked = false;
+
 }  // namespace
+
+int usable_threads(int wanted) {
+#if defined(__unix__) || defined(__APPLE__)
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+  (void)registered;
+#endif
+  return forked ? 1 : wanted;
+}
 
 Schedule::Schedule(const AttentionShape& shape) {
   const bool packed = shape.cu_seqlens != nullptr;

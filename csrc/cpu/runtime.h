@@ -38,6 +38,10 @@ class Schedule {
   int threads_ = 1;
 };
 
+// `wanted` threads, but one in a forked child: the thread pool of GNU OpenMP does not survive a fork, and the first
+// parallel region there would wait for ever.
+int usable_threads(int wanted);
+
 // At least `bytes` of 64-byte aligned memory that belongs to the calling thread until it asks again.
 void* thread_scratch(size_t bytes);
 

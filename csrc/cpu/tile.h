@@ -89,13 +89,6 @@ struct Tile {
     unroll<kTileRows>([&](auto i) { unroll<Vectors>([&](auto j) { acc[i][j] = Vector<Acc>{}; }); });
   }
 
-  // tile = factor * c
-  LIGHTNING_INLINE void load_scaled(const Acc* c, int64_t ldc, Acc factor) {
-    unroll<kTileRows>([&](auto i) {
-      unroll<Vectors>([&](auto j) { acc[i][j] = load(c + i * ldc + j * kLanes) * broadcast(factor); });
-    });
-  }
-
   // tile += A B over `depth` units; A [kTileRows, depth] in layout `rows`
   LIGHTNING_INLINE void add_product(const Unit* a, int64_t lda, const Unit* b, int64_t ldb, int64_t depth) {
     for (int64_t k = 0; k < depth; ++k, ++a, b += ldb) step(b, [&](auto i) { return a[i * lda]; });
@@ -118,6 +111,17 @@ struct Tile {
 
   LIGHTNING_INLINE void store_to(Acc* c, int64_t ldc) const {
     unroll<kTileRows>([&](auto i) { unroll<Vectors>([&](auto j) { store(c + i * ldc + j * kLanes, acc[i][j]); }); });
+  }
+
+  // c = (factor + correction) * c + tile
+  LIGHTNING_INLINE void scale_add_to(Acc* c, int64_t ldc, Acc factor, Acc correction) const {
+    unroll<kTileRows>([&](auto i) {
+      unroll<Vectors>([&](auto j) {
+        Acc* const at = c + i * ldc + j * kLanes;
+        const Vector<Acc> before = load(at);
+        store(at, before * broadcast(factor) + (before * broadcast(correction) + acc[i][j]));
+      });
+    });
   }
 
   // Into columns `column`... of a matrix in layout `rows`, rounded to the operands' precision.

@@ -1,15 +1,19 @@
 """The kernels, behind one interface. A backend is imported when it is first asked for, never before.
 
-Every backend module exports the same raw functions: tensors in, tensors out, no autograd and no validation. Head
-dimensions are contiguous (`stride(-1) == 1`), other strides are free; states and small vectors are contiguous, except
-the state of `attention_decode`, whose two leading strides are free.
+Every backend module exports the same raw functions: tensors in, tensors out, no autograd, no validation.
+Outputs are contiguous and alias no input.
 
-    supports(spec) -> list[str]                          # the reasons why not; empty if it can run the call
+    supports(spec) -> list[str]                 # the reasons why it cannot run the call; empty if it can
     attention_forward(q, k, v, decay, scale, initial_state, cu_seqlens, return_state) -> (o, state or None)
-    attention_backward(do, dstate, q, k, v, decay, scale, initial_state, cu_seqlens) -> (dq, dk, dv, dinitial_state)
-    attention_decode(q, k, v, decay, state, slots, scale) -> o                               # state is updated in place
+    attention_backward(do, dstate, q, k, v, decay, scale, initial_state, cu_seqlens)
+        -> (dq, dk, dv, dinitial_state or None)        # None where there is no initial state
+    attention_decode(q, k, v, decay, state, slots, scale) -> o                 # state is updated in place
     gated_rms_norm_forward(x, gate, weight, eps) -> (y, rstd)
     gated_rms_norm_backward(dy, x, gate, weight, rstd) -> (dx, dgate, dweight)
+
+Shapes and dtypes are those of the public functions; gradients have the dtype of what they belong to; rstd is
+float32 (float64 with float64 inputs), shape x.shape[:-1]. q, k, v, do, x, gate and dy are contiguous in the
+last dimension and free in their other strides, as decode's state is in its first two; the rest is contiguous.
 """
 
 import importlib

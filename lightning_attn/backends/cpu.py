@@ -117,10 +117,10 @@ def attention_backward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     cu_seqlens = _int64(cu_seqlens)
     dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
-    dinitial = _new_state(q, v, cu_seqlens)
+    dinitial = None if initial_state is None else _new_state(q, v, cu_seqlens)
     _C.attention_backward(
         _shape(q, v, decay, scale, cu_seqlens),
         _operand(q), _operand(k), _operand(v), _operand(do), _state(initial_state), _state(dstate),

@@ -2,8 +2,8 @@
 
     S_t = e^{-s} S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
 
-(arXiv 2501.08313, section 2.2). `recurrence`, `quadratic` and `block_form` are the same function written three ways,
-each differentiable by autograd:
+(arXiv 2501.08313). `recurrence`, `quadratic` and `block_form` are the same function written three ways, each
+differentiable by autograd:
 
     q, k [B, T, H, K], v [B, T, H, V], decay [H] float32, initial_state [N, H, K, V] float32 or None,
     cu_seqlens [N+1] or None (then N = B)  ->  o [B, T, H, V] in v's dtype, state [N, H, K, V] float32
@@ -66,7 +66,7 @@ def block_form(
     cu_seqlens: Tensor | None = None,
     block_size: int = 256,
 ) -> tuple[Tensor, Tensor]:
-    """The usual eager layer: matmuls in the inputs' dtype block by block, decay factors and state in float32."""
+    """Block by block, the usual eager code: matmuls in the inputs' dtype, decays and state in float32."""
     blocks = functools.partial(_blocks, block_size=block_size)
     return _per_document(blocks, q, k, v, decay, scale, initial_state, cu_seqlens, upcast=False)
 
@@ -119,7 +119,7 @@ def attention_backward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     acc = accumulation_dtype(q.dtype)
     decay = decay.to(acc)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
@@ -128,14 +128,14 @@ def attention_backward(
     for t, n in _batches(cu_seqlens):
         q_, k_, v_, do_ = (x[:, t].to(acc) for x in (q, k, v, do))
         do_ = do_ * scale
-        # dQ is the forward with (dO, V, K) for (Q, K, V); dK and dV are forwards in reversed time, where the carried
-        # gradient R stands at the token itself, so that nothing is ever divided by a decay.
+        # dQ is the forward of (dO, V, K). dK and dV are forwards in reversed time, where the gradient of the
+        # state stands at the token that reads it (lag 1): nothing is ever divided by a decay.
         dq[:, t], _ = _blocks(do_, v_, k_, decay, state[n].mT, _BLOCK)
         q_, k_, v_, do_ = (x.flip(1) for x in (q_, k_, v_, do_))
         reverse_dk, _ = _blocks(v_, do_, q_, decay, dstate[n].mT, _BLOCK, lag=1)
         reverse_dv, dstate[n] = _blocks(k_, q_, do_, decay, dstate[n], _BLOCK, lag=1)
         dk[:, t], dv[:, t] = reverse_dk.flip(1), reverse_dv.flip(1)
-    return dq, dk, dv, dstate
+    return dq, dk, dv, None if initial_state is None else dstate
 
 
 @_raw
@@ -262,7 +262,7 @@ def _per_document(
 
 
 def _batches(cu_seqlens: Tensor | None) -> list[tuple[slice, slice]]:
-    """The dense batches of the input, each document or all of it: the slice of its tokens, and of its states."""
+    """For each document, or for a whole dense batch: the slice of its tokens, and that of its states."""
     if cu_seqlens is None:
         return [(slice(None), slice(None))]
     return [(slice(a, b), slice(n, n + 1)) for n, (a, b) in enumerate(pairwise(cu_seqlens.tolist()))]

@@ -38,8 +38,8 @@ SECONDS_PER_CALL = 1.0  # for timing one provider at one pass of one case; slow 
 @click.option(
     "--compare", is_flag=True, help="Add the peers: eager PyTorch, and transformers if it is installed."
 )
-@click.option("--json", "json_path", type=report.JSON_FILE, help="Also write the rows to this file.")
-@click.option("--plot", "plot_dir", type=report.DIRECTORY, help="Leave a PNG per op in this directory.")
+@report.json_option
+@report.plot_option
 def bench(
     ops: tuple[str, ...],
     preset: str,

@@ -36,7 +36,7 @@ class Row:
 
 @click.command()
 @click.option("--backend", help="Only this backend; it has to be available.  [default: all available]")
-@click.option("--json", "json_path", type=report.JSON_FILE, help="Also write every row to this file.")
+@report.json_option
 def check(backend: str | None, json_path: Path | None) -> None:
     """Compare every op with the float64 recurrence.
 

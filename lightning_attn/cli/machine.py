@@ -115,10 +115,8 @@ def measure_limits(dtypes: set[torch.dtype], device: torch.device) -> Limits:
     16-bit dtypes have at least float32's rate, for a kernel may widen them where PyTorch has no fast product.
     """
     gemm = {dtype: _gemm_rate(dtype, device) for dtype in dtypes | {torch.float32}}
-    for dtype in gemm:
-        if dtype.itemsize == 2:
-            gemm[dtype] = max(gemm[dtype], gemm[torch.float32])
-    return Limits(gemm, _copy_rate(device))
+    least = {dtype: gemm[torch.float32] if dtype.itemsize == 2 else 0.0 for dtype in gemm}
+    return Limits({dtype: max(rate, least[dtype]) for dtype, rate in gemm.items()}, _copy_rate(device))
 
 
 def _gemm_rate(dtype: torch.dtype, device: torch.device) -> float:

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-matplotlib.use("Agg")  # files only: no display is needed
-
-from matplotlib import pyplot as plt  # noqa: E402
-
-from .peers import EAGER, OURS, TRANSFORMERS  # noqa: E402
-from .report import shape_name  # noqa: E402
-from .results import Row  # noqa: E402
+from .peers import EAGER, OURS, TRANSFORMERS
+from .report import shape_name
+from .results import Row
 
 COLOURS = {OURS: "#d9480f", EAGER: "#868e96", TRANSFORMERS: "#4c6ef5"}
 BAR = 0.22  # inches
@@ -21,7 +18,6 @@ GAP = 0.8  # bars, between groups
 
 
 def save_plots(rows: list[Row], directory: Path) -> Iterator[Path]:
-    directory.mkdir(parents=True, exist_ok=True)
     for op in dict.fromkeys(row.op for row in rows):
         groups: dict[str, list[tuple[float, Row]]] = {}
         for row in rows:
@@ -37,7 +33,8 @@ def save_plots(rows: list[Row], directory: Path) -> Iterator[Path]:
 def _plot(op: str, groups: dict[str, list[tuple[float, Row]]], path: Path) -> None:
     bars = [bar for group in groups.values() for bar in group]
     height = BAR * (len(bars) + GAP * len(groups))
-    figure, axes = plt.subplots(figsize=(9, height + 1.3), layout="constrained")
+    figure = Figure(figsize=(9, height + 1.3), layout="constrained")
+    axes = figure.subplots()
     y, ticks = 0.0, []
     for group in groups.values():
         ticks.append(y + BAR * (len(group) - 1) / 2)
@@ -55,7 +52,6 @@ def _plot(op: str, groups: dict[str, list[tuple[float, Row]]], path: Path) -> No
     axes.set_title(f"{op}: longer is faster", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     providers = dict.fromkeys(row.provider for _, row in bars)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[provider]) for provider in providers]
-    figure.legend(handles, list(providers), loc="outside lower right", ncols=3, frameon=False, fontsize=8)
+    handles = [Patch(color=COLOURS[provider], label=provider) for provider in providers]
+    figure.legend(handles=handles, loc="outside lower right", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -19,9 +19,36 @@ from lightning_attn.backends import supports
 
 from .cases import Shape
 
-JSON_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
-DIRECTORY = click.Path(file_okay=False, writable=True, path_type=Path)
 WIDTH = 140  # columns, where the output is not a terminal
+
+
+def _writable(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
+    """Makes the file or directory now: before a long run one wants to know that it cannot be written."""
+    try:
+        if path and option.name == "json_path":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        elif path:
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.BadParameter(str(error), context, option) from error
+    return path
+
+
+json_option = click.option(
+    "--json",
+    "json_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_writable,
+    help="Also write every row to this file.",
+)
+plot_option = click.option(
+    "--plot",
+    "plot_dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    callback=_writable,
+    help="Leave a PNG per op in this directory.",
+)
 
 
 def backends(named: str | None) -> list[str]:
@@ -82,7 +109,6 @@ def tick(ok: bool) -> str:
 
 def write_json(path: Path, data: object) -> None:
     """JSON has no NaN and no infinity: they become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_finite(data), indent=1) + "\n")
 
 

@@ -77,7 +77,7 @@ def headline(limits: Limits, backend: str) -> str:
     )
     runs = f"cpu ({device['instruction_set']})" if backend == "cpu" else backend
     return (
-        f"{device['name']}, {device['threads']} threads, backend {runs}\n"
+        f"{device['name']}, threads {device['threads']}, backend {runs}\n"
         f"Limits: GEMM {gemm} GFLOP/s; copy {limits.copy_bytes_per_s / 1e9:.1f} GB/s"
     )
 

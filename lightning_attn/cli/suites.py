@@ -37,6 +37,7 @@ def check_cases() -> Iterator[Case]:
         yield GatedRMSNorm(dtype, rows=1, D=3)
         yield GatedRMSNorm(dtype, rows=7, D=1001)
         yield GatedRMSNorm(dtype, rows=64, D=8192)
+        yield GatedRMSNorm(dtype, rows=2000, D=96)
         yield Layer(dtype, B=2, T=65, hidden=64, H=4, D=16)
 
 

@@ -10,7 +10,8 @@ import torch
 
 Call = Callable[[], object]
 
-MIN_REPEATS, MAX_REPEATS = 5, 10_000
+MIN_REPEATS = 5
+PATIENCE = 20.0  # seconds, after which slow calls are not repeated so often
 
 
 def synchronize(device: torch.device) -> None:
@@ -47,9 +48,9 @@ def _turns(calls: Mapping[str, Call], device: torch.device, budget: float) -> di
     for call in calls.values():
         seconds(call, device)
     times: dict[str, list[float]] = {name: [] for name in calls}
-    start, turns = perf_counter(), 0
-    while turns < MIN_REPEATS or (turns < MAX_REPEATS and perf_counter() - start < budget * len(calls)):
+    start, spent, turns = perf_counter(), 0.0, 0
+    while spent < budget * len(calls) or (turns < MIN_REPEATS and spent < PATIENCE):
         for name, call in calls.items():
             times[name].append(seconds(call, device))
-        turns += 1
+        spent, turns = perf_counter() - start, turns + 1
     return times
