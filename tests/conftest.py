@@ -1,13 +1,26 @@
 """Fixtures: a backend, a variant of one (a backend and, on the CPU, an instruction set), and a clean process state."""
 
+import os
 from collections.abc import Iterator
+
+# Before torch. Idle threads leave the cores to other work; MKL, with which plain PyTorch computes the baselines, gives
+# the same bits wherever the memory lies.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from support import BACKENDS
 
-settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=25)
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 settings.load_profile("repeatable")
 
 

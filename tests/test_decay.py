@@ -31,7 +31,8 @@ def test_alibi_power_of_two(H: int) -> None:
 
 @pytest.mark.parametrize("H", [h for h in HEADS if h & (h - 1)])
 def test_alibi_other(H: int) -> None:
-    """The slopes for P, the power of two below H, then 2^(-8(i+1/2)/P): those that lie halfway before them."""
+    """The slopes for P, the power of two below H, then 2^(-8(i+1/2)/P): those that lie halfway before
+    them."""
     P = 1 << (H.bit_length() - 1)
     steps = [Fraction(-8 * (h + 1), P) for h in range(P)]
     steps += [Fraction(-8 * (2 * i + 1), 2 * P) for i in range(H - P)]
@@ -51,7 +52,8 @@ def test_alibi_by_hand() -> None:
 @pytest.mark.parametrize("H", HEADS)
 @pytest.mark.parametrize("layer, layers", [(0, 80), (1, 80), (40, 80), (78, 80), (79, 80), (0, 1), (1, 2)])
 def test_minimax(H: int, layer: int, layers: int) -> None:
-    """ALiBi's slopes times 1 - l/(L-1) + 1e-5. The last layer still decays, a model of one layer is a first layer."""
+    """ALiBi's slopes times 1 - l/(L-1) + 1e-5. The last layer still decays, a model of one layer is a first
+    layer."""
     P = 1 << (H.bit_length() - 1)
     steps = [mpmath.mpf(-8) * (h + 1) / P for h in range(P)]
     steps += [mpmath.mpf(-8) * (2 * i + 1) / (2 * P) for i in range(H - P)]
@@ -144,7 +146,8 @@ def test_bad_layer(function) -> None:
 @pytest.mark.parametrize("H", [1, 2, 4, 8, 64])
 @pytest.mark.parametrize("layer", [0, 1, 40, 79])
 def test_against_transformers(H: int, layer: int) -> None:
-    """transformers' slopes for a power of two, which divide the layer by L - 1 + 1e-5: the same at the first layer."""
+    """transformers' slopes for a power of two, which divide the layer by L - 1 + 1e-5: the same at the first
+    layer."""
     modeling = pytest.importorskip("transformers.models.minimax.modeling_minimax")
     config = modeling.MiniMaxConfig(
         hidden_size=H,
@@ -157,7 +160,7 @@ def test_against_transformers(H: int, layer: int) -> None:
     theirs = modeling.MiniMaxLightningAttention(config, layer).slope_rate.flatten()
     ours = decay.minimax(H, layer, 80)
     of_layers = (1 - layer / (79 + 1e-5) + 1e-5) / (1 - layer / 79 + 1e-5)
-    eps = torch.finfo(torch.float32).eps
+    eps = torch.finfo(torch.float32).eps  # theirs is a float32 base to the power of h + 1
     torch.testing.assert_close(theirs, (ours.double() * of_layers).float(), rtol=(H + 3) * eps, atol=0)
     if layer == 0:
         assert of_layers == 1

@@ -114,7 +114,7 @@ def measure_limits(dtypes: set[torch.dtype], device: torch.device) -> Limits:
 
     16-bit dtypes have at least float32's rate, for a kernel may widen them where PyTorch has no fast product.
     """
-    gemm = {dtype: _gemm_rate(dtype, device) for dtype in dtypes | {torch.float32}}
+    gemm = {dtype: _gemm_rate(dtype, device) for dtype in sorted(dtypes | {torch.float32}, key=str)}
     least = {dtype: gemm[torch.float32] if dtype.itemsize == 2 else 0.0 for dtype in gemm}
     return Limits({dtype: max(rate, least[dtype]) for dtype, rate in gemm.items()}, _copy_rate(device))
 

@@ -15,6 +15,11 @@ from .results import Row
 COLOURS = {OURS: "#d9480f", EAGER: "#868e96", TRANSFORMERS: "#4c6ef5"}
 BAR = 0.22  # inches
 GAP = 0.8  # bars, between groups
+OVER_LINE = {
+    "facecolor": "white",
+    "edgecolor": "none",
+    "pad": 0.5,
+}  # figures stay readable on the dashed line
 
 
 def save_plots(rows: list[Row], directory: Path) -> Iterator[Path]:
@@ -41,7 +46,9 @@ def _plot(op: str, groups: dict[str, list[tuple[float, Row]]], path: Path) -> No
         for fraction, row in group:
             axes.barh(y, fraction, 0.9 * BAR, color=COLOURS[row.provider])
             text = f"{row.time} ms, {row.rate}"
-            axes.annotate(text, (fraction, y), (4, 0), textcoords="offset points", va="center", size=8)
+            axes.annotate(
+                text, (fraction, y), (4, 0), textcoords="offset points", va="center", size=8, bbox=OVER_LINE
+            )
             y += BAR
         y += BAR * GAP
     axes.axvline(1, color="black", linewidth=1, linestyle="--")

@@ -33,8 +33,8 @@ def medians(calls: Mapping[str, Call], device: torch.device, budget: float) -> d
     """The median time of each call, in seconds.
 
     The calls take turns, so that a change of clock or a busy neighbour meets all of them alike and their
-    ratios stay true. One turn warms up; turns go on for `budget` seconds per call, at least MIN_REPEATS of
-    them.
+    ratios stay true. One turn warms up; turns go on for `budget` seconds per call, and until there are
+    MIN_REPEATS, unless that takes longer than PATIENCE.
     """
     return {name: statistics.median(times) for name, times in _turns(calls, device, budget).items()}
 
