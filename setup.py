@@ -17,26 +17,16 @@ from setuptools.errors import CompileError, LinkError
 KERNELS = ["chunk_forward", "chunk_backward", "decode", "gated_rms_norm", "table"]
 BASELINE = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/runtime.cpp"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+# GCC 12 takes the undefined lanes inside its own AVX-512 intrinsics for uninitialised variables.
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 
-MSVC = sys.platform == "win32"
-# GCC 12 takes the undefined lanes inside its own intrinsics for uninitialised variables.
-FLAGS = (
-    ["/O2", "/openmp", "/std:c++17"]
-    if MSVC
-    else [
-        "-std=c++17",
-        "-O3",
-        "-g0",
-        "-fvisibility=hidden",
-        "-fno-math-errno",
-        "-Wno-maybe-uninitialized",
-        "-Wno-uninitialized",
-    ]
-)
 
-ParallelCompile("NPY_NUM_BUILD_JOBS", default=os.cpu_count() or 1).install()
+MSVC = sys.platform == "win32"
+FLAGS = ["/O2", "/openmp"] if MSVC else ["-O3", "-fno-math-errno"]
+
+ParallelCompile(default=os.cpu_count() or 1).install()
 
 
 class build_kernels(build_ext):
@@ -54,18 +44,26 @@ class build_kernels(build_ext):
                 return False
         return True
 
+    def instruction_sets(self) -> dict[str, list[str]]:
+        """What this compiler can build, each with its flags."""
+        found: dict[str, list[str]] = {"portable": []}
+        if platform.machine().lower() in ("x86_64", "amd64") and not MSVC:
+            for name, flags in X86_FLAGS.items():  # each includes the one before
+                if not self.accepts(flags):
+                    print(
+                        f"lightning_attn: this compiler does not know {name}; built without it",
+                        file=sys.stderr,
+                    )
+                    break
+                found[name] = flags
+        return found
+
     def build_extension(self, ext: Pybind11Extension) -> None:
-        x86 = platform.machine().lower() in ("x86_64", "amd64") and not MSVC
-        instruction_sets = {
-            "portable": [],
-            **(X86_FLAGS if x86 and self.accepts(X86_FLAGS["avx512_bf16"]) else {}),
-        }
-        if len(instruction_sets) > 1:
-            ext.define_macros.append(("LIGHTNING_X86", "1"))
         if not MSVC and self.accepts(["-fopenmp"]):
             ext.extra_compile_args.append("-fopenmp")
             ext.extra_link_args.append("-fopenmp")
-        for name, flags in instruction_sets.items():
+        for name, flags in self.instruction_sets().items():
+            ext.define_macros.append((f"LIGHTNING_HAVE_{name}", "1"))
             ext.extra_objects += self.compiler.compile(
                 [f"csrc/cpu/{kernel}.cpp" for kernel in KERNELS],
                 output_dir=str(Path(self.build_temp, name)),

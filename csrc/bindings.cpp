@@ -51,7 +51,7 @@ AttentionShape shape(const py::tuple& x) {
   s.cu_seqlens = static_cast<const int64_t*>(address(x[7]));
   s.decay = static_cast<const float*>(address(x[8]));
   s.scale = x[9].cast<double>();
-  s.threads = usable_threads(x[10].cast<int>());
+  s.threads = x[10].cast<int>();
   return s;
 }
 
@@ -66,7 +66,7 @@ GatedRMSNorm norm(const py::tuple& s, const py::handle& x, const py::handle& gat
   p.gate_stride = s[4].cast<int64_t>();
   p.y_stride = s[5].cast<int64_t>();
   p.eps = s[6].cast<double>();
-  p.threads = usable_threads(s[7].cast<int>());
+  p.threads = s[7].cast<int>();
   p.x = address(x);
   p.gate = address(gate);
   p.weight = address(weight);
@@ -104,7 +104,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("instruction_sets", &instruction_sets, "What this machine can run, best first.");
   m.def("instruction_set", [] { return std::string(active->name); }, "What the kernels use now.");
-  m.def("use_instruction_set", &use_instruction_set, py::arg("name"));
+  m.def("use_instruction_set", &use_instruction_set, py::arg("name"), "For tests: any of `instruction_sets()`.");
 
   m.def("advise_huge_pages", [](const py::handle& data, size_t bytes) { advise_huge_pages(address(data), bytes); });
 

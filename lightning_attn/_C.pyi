@@ -1,6 +1,7 @@
 """The C++ extension; csrc/bindings.cpp says what the tuples hold."""
 
 from enum import Enum
+from typing import TypeAlias
 
 class DType(Enum):
     float64 = ...
@@ -8,8 +9,8 @@ class DType(Enum):
     bfloat16 = ...
     float16 = ...
 
-_Operand = tuple[int, int, int, int]
-_State = tuple[int, int, int] | None
+_Operand: TypeAlias = tuple[int, int, int, int]
+_State: TypeAlias = tuple[int, int, int] | None
 
 def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...

@@ -1,6 +1,7 @@
 """The decay rates of published models: s >= 0 per head, a token at distance n weighs e^{-s n}.
 
-Each function returns a float32 tensor [H], computed in float64 and rounded once.
+Each function returns a float32 tensor [H], computed in float64 and rounded once; TypeError or ValueError for a number
+of heads or layers that is not an int >= 1, or a layer outside [0, num_layers).
 """
 
 import math

@@ -23,7 +23,8 @@ def lightning_attention(
         S_t = e^{-s} S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
 
     so a token at distance n weighs e^{-s n} and the current token 1. Differentiable once in q, k, v and
-    initial_state, through o and the state; nothing but the inputs is kept for the backward.
+    initial_state, through o and the state; nothing but the inputs is kept for the backward. Inputs are taken to
+    be finite: a NaN or an infinity may also reach the outputs of earlier tokens of its block of 64.
 
     Args:
         q, k: [B, T, H, K], float32, bfloat16, float16 or float64. Any strides; a copy is made only if the
@@ -124,13 +125,15 @@ def gated_rms_norm(
         backend: as for `lightning_attention`.
 
     Returns:
-        y of x's shape and dtype. Under autocast x and gate are cast to its dtype first.
+        y of x's shape and dtype. Under autocast x, gate and a 16-bit weight are cast to its dtype first.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape or device; a backend that cannot run.
     """
     validation.types("gated_rms_norm", backend, x=x, gate=gate, weight=weight)
     x, gate = _autocast(x, gate)
+    if weight.dtype != torch.float32:
+        (weight,) = _autocast(weight)
     validation.gated_rms_norm(x, gate, weight, eps)
     if torch.compiler.is_compiling() and gate is x:  # as in lightning_attention
         gate = gate.view_as(gate)

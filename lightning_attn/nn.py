@@ -84,49 +84,54 @@ class LightningAttention(nn.Module):
             x: [B, T, hidden_size].
             state: [N, H, D, D] float32 (float64 for a float64 module), as an earlier call returned it.
             return_state: also return the state after the last token.
-            attention_mask: [B, T], nonzero for a real token. Padding, on either side or between tokens, adds
+            attention_mask: [B, T] of any dtype, nonzero for a real token. Padding, on either side or between tokens, adds
                 nothing and decays nothing, whatever x holds there; its outputs are zero.
             cu_seqlens: [N + 1], packed sequences as in `lightning_attention`; excludes attention_mask.
             backend: as for `lightning_attention`.
 
         Returns:
             y [B, T, hidden_size]; with return_state, (y, state).
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; attention_mask together
+                with cu_seqlens; and all that `lightning_attention` raises.
         """
         shape = (self.num_heads, self.head_dim, self.head_dim)
         validation.layer(x, self.hidden_size, shape, state, attention_mask, cu_seqlens)
         if attention_mask is None:
-            y, state = self._attend(x, state, cu_seqlens, backend)
+            y, state = self._attend(x, state, return_state, cu_seqlens, backend)
         else:
-            y, state = self._attend_masked(x, state, attention_mask != 0, backend)
-        return (y, state) if return_state else y
+            y, state = self._attend_masked(x, state, return_state, attention_mask != 0, backend)
+        return y if state is None else (y, state)
 
     def _attend(
-        self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, backend: str
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, state: Tensor | None, return_state: bool, cu_seqlens: Tensor | None, backend: str
+    ) -> tuple[Tensor, Tensor | None]:
         B, T, _ = x.shape
         H, D = self.num_heads, self.head_dim
         qkv = F.silu(self.qkv_proj(x)).view(B, T, H, 3 * D)
         q, k, v = qkv.split(D, dim=-1)
-        o, state = lightning_attention(
+        result = lightning_attention(
             q,
             k,
             v,
             self.decay,
             initial_state=state,
-            return_state=True,
+            return_state=return_state,
             cu_seqlens=cu_seqlens,
             backend=backend,
         )
+        o, state = result if isinstance(result, tuple) else (result, None)
         y = self.norm(o.reshape(B, T, H * D), self.output_gate(x), backend=backend)
         return self.out_proj(y), state
 
     def _attend_masked(
-        self, x: Tensor, state: Tensor | None, mask: Tensor, backend: str
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, state: Tensor | None, return_state: bool, mask: Tensor, backend: str
+    ) -> tuple[Tensor, Tensor | None]:
         """Packs the real tokens of each sequence, then all padding as a document of its own, whose state is
         dropped: no shape depends on the mask, and nothing waits for the device.
         """
-        B, T, D = x.shape
+        B, T, hidden = x.shape
         x = x.masked_fill(~mask[..., None], 0)  # or a NaN there would reach the gradients of the weights
         sequence = torch.arange(B, device=x.device)[:, None].expand(B, T)
         order = torch.where(mask, sequence, B).flatten().argsort(stable=True)
@@ -134,17 +139,20 @@ class LightningAttention(nn.Module):
         cu_seqlens[-1] = B * T
         if state is not None:
             state = torch.cat([state, state.new_zeros(1, *state.shape[1:])])
-        packed, state = self._attend(x.view(1, B * T, D).index_select(1, order), state, cu_seqlens, backend)
+        packed = x.view(1, B * T, hidden).index_select(1, order)
+        packed, state = self._attend(packed, state, return_state, cu_seqlens, backend)
         y = torch.empty_like(packed).index_copy(1, order, packed)
-        return y.view(B, T, D), state[:B]
+        return y.view(B, T, hidden), None if state is None else state[:B]
 
     def _decay(self, device: torch.device | str | None) -> Tensor:
         return decay.minimax(self.num_heads, self.layer_idx, self.num_layers, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LightningAttention":
         # .to(dtype) would round the decay, and to_empty() would leave it unwritten.
+        decay = self.decay
         super()._apply(fn, recurse)
-        self.decay = self._decay(self.decay.device)
+        device = self.decay.device
+        self.decay = self._decay(device) if decay.is_meta else decay.to(device)
         return self
 
     def extra_repr(self) -> str:

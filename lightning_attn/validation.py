@@ -4,10 +4,11 @@ The public functions check the structure of their arguments: types, dtypes, shap
 functions named `*_values` read tensors; operators call them, so that they also hold under torch.compile.
 """
 
-import math
+import sys
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
@@ -35,24 +36,32 @@ def attention(
     _tokens(function, q, k, v, decay, scale)
     N, _, H, K = q.shape
     if cu_seqlens is not None:
-        _index(function, "cu_seqlens", cu_seqlens, q)
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-            raise ValueError(f"{function}: expected cu_seqlens of shape [N + 1], got {_shape(cu_seqlens)}")
+        _cu_seqlens(function, cu_seqlens, q)
         if N != 1:
             raise ValueError(f"{function}: expected q of shape [1, T, H, K] with cu_seqlens, got {_shape(q)}")
         N = cu_seqlens.shape[0] - 1
     if initial_state is not None:
-        _tensor(function, "initial_state", initial_state)
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        if initial_state.dtype != dtype:
-            raise TypeError(f"{function}: expected initial_state of dtype {dtype}, got {initial_state.dtype}")
-        shape = (N, H, K, v.shape[3])
-        if initial_state.shape != shape:
-            raise ValueError(
-                f"{function}: expected initial_state of shape [N, H, K, V] = {list(shape)}, "
-                f"got {_shape(initial_state)}"
-            )
+        _initial_state(function, "initial_state", initial_state, (N, H, K, v.shape[3]), q.dtype)
         _same_device(function, "initial_state", initial_state, "q", q)
+
+
+def _cu_seqlens(function: str, cu_seqlens: Tensor, like: Tensor) -> None:
+    _index(function, "cu_seqlens", cu_seqlens, like)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{function}: expected cu_seqlens of shape [N + 1], got {_shape(cu_seqlens)}")
+
+
+def _initial_state(
+    function: str, name: str, state: Tensor, shape: tuple[int, ...], inputs_dtype: torch.dtype
+) -> None:
+    _tensor(function, name, state)
+    dtype = torch.float64 if inputs_dtype == torch.float64 else torch.float32
+    if state.dtype != dtype:
+        raise TypeError(f"{function}: expected {name} of dtype {dtype}, got {state.dtype}")
+    if state.shape != shape:
+        raise ValueError(
+            f"{function}: expected {name} of shape [N, H, K, V] = {list(shape)}, got {_shape(state)}"
+        )
 
 
 def decode(
@@ -126,24 +135,22 @@ def layer(
     _tensor(function, "x", x)
     if x.dim() != 3 or x.shape[2] != hidden_size:
         raise ValueError(f"{function}: expected x of shape [B, T, {hidden_size}], got {_shape(x)}")
-    if attention_mask is None:
-        return
-    if cu_seqlens is not None:
-        raise ValueError(f"{function}: expected attention_mask or cu_seqlens, got both")
-    _tensor(function, "attention_mask", attention_mask)
-    if attention_mask.shape != x.shape[:2]:
-        raise ValueError(
-            f"{function}: expected attention_mask of shape [B, T] = {_shape(x)[:2]}, "
-            f"got {_shape(attention_mask)}"
-        )
-    _same_device(function, "attention_mask", attention_mask, "x", x)
-    if state is not None:
-        _tensor(function, "state", state)
-        shape = (x.shape[0], *state_shape)
-        if state.shape != shape:
+    if attention_mask is not None:
+        if cu_seqlens is not None:
+            raise ValueError(f"{function}: expected attention_mask or cu_seqlens, got both")
+        _tensor(function, "attention_mask", attention_mask)
+        if attention_mask.shape != x.shape[:2]:
             raise ValueError(
-                f"{function}: expected state of shape [B, H, D, D] = {list(shape)}, got {_shape(state)}"
+                f"{function}: expected attention_mask of shape [B, T] = {_shape(x)[:2]}, "
+                f"got {_shape(attention_mask)}"
             )
+        _same_device(function, "attention_mask", attention_mask, "x", x)
+    if cu_seqlens is not None:
+        _cu_seqlens(function, cu_seqlens, x)
+    if state is not None:
+        N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        _initial_state(function, "state", state, (N, *state_shape), x.dtype)
+        _same_device(function, "state", state, "x", x)
 
 
 def attention_values(function: str, decay: Tensor, cu_seqlens: Tensor | None, T: int) -> None:
@@ -156,8 +163,11 @@ def attention_values(function: str, decay: Tensor, cu_seqlens: Tensor | None, T:
         raise ValueError(f"{function}: expected cu_seqlens to start at 0, got {first}")
     if last != T:
         raise ValueError(f"{function}: expected cu_seqlens to end at T = {T}, got {last}")
-    if (cu_seqlens[1:] < cu_seqlens[:-1]).any():
-        raise ValueError(f"{function}: expected cu_seqlens not to decrease, got {cu_seqlens.tolist()}")
+    decreases = cu_seqlens[1:] < cu_seqlens[:-1]
+    if decreases.any():
+        i = int(decreases.nonzero()[0])
+        pair = f"{cu_seqlens[i].item()} then {cu_seqlens[i + 1].item()} at index {i}"
+        raise ValueError(f"{function}: expected cu_seqlens not to decrease, got {pair}")
 
 
 def decode_values(function: str, decay: Tensor, slots: Tensor | None, S: int) -> None:
@@ -167,9 +177,11 @@ def decode_values(function: str, decay: Tensor, slots: Tensor | None, S: int) ->
         return
     used = [slot for slot in slots.tolist() if slot != -1]
     if used and not 0 <= min(used) <= max(used) < S:
-        raise ValueError(f"{function}: expected slots in [0, {S}) or -1, got {slots.tolist()}")
+        wrong = min(used) if min(used) < 0 else max(used)
+        raise ValueError(f"{function}: expected slots in [0, {S}) or -1, got {wrong}")
     if len(set(used)) != len(used):
-        raise ValueError(f"{function}: expected slots without duplicates, got {slots.tolist()}")
+        twice = next(slot for slot in used if used.count(slot) > 1)
+        raise ValueError(f"{function}: expected slots without duplicates, got {twice} more than once")
 
 
 def _decay_values(function: str, decay: Tensor) -> None:
@@ -214,6 +226,10 @@ def _tensor(function: str, name: str, x: Tensor) -> None:
         raise TypeError(f"{function}: expected {name} to be a torch.Tensor, got {type(x).__name__}")
     if x.layout != torch.strided:
         raise TypeError(f"{function}: expected {name} of layout torch.strided, got {x.layout}")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise ValueError(
+            f"{function}: expected {name} without a tangent: there is no forward-mode derivative"
+        )
 
 
 def _floating(function: str, name: str, x: Tensor) -> None:
@@ -240,8 +256,9 @@ def _same_device(function: str, name: str, x: Tensor, other_name: str, other: Te
 def _number(function: str, name: str, value: float) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{function}: expected {name} to be a Python number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{function}: expected {name} to be finite, got {value}")
+    if not -sys.float_info.max <= value <= sys.float_info.max:
+        got = "an int beyond float64" if isinstance(value, int) else value
+        raise ValueError(f"{function}: expected {name} to be finite, got {got}")
 
 
 def _disjoint_matrices(state: Tensor) -> bool:

@@ -258,7 +258,8 @@ PUBLIC = {
     "available_backends": "",
     "gated_rms_norm": "x, gate, weight, *, eps=1e-06, backend='auto'",
     "lightning_attention": (
-        "q, k, v, decay, *, scale=1.0, initial_state=None, return_state=False, cu_seqlens=None, backend='auto'"
+        "q, k, v, decay, *, scale=1.0, initial_state=None, return_state=False, cu_seqlens=None, "
+        "backend='auto'"
     ),
     "lightning_attention_decode": "q, k, v, decay, state, *, slots=None, scale=1.0, backend='auto'",
 }

@@ -7,16 +7,19 @@
 #pragma once
 
 #include "pack.h"
+#include "runtime.h"
 
 namespace lightning {
 namespace LIGHTNING_ISA {
 
-constexpr int64_t kBlock = 64;
+template <class Acc>
+constexpr Acc kSmallest = sizeof(Acc) == 8 ? Acc(2.2250738585072014e-308) : Acc(1.17549435e-38f);  // normal number
 
 // A head's powers of lambda, and the weights that its blocks need.
 //
-// `shift` = 1 sweeps forward in time, as above. The gradient sweeps backward with `shift` = 0: there the state holds
-// the gradient at the token AFTER the block, so a token j of n weighs lambda^(n-j) into it and takes lambda^i from it.
+// `lag` = 0 sweeps forward in time, as above. The reverse sweep has `lag` = 1, with i and j counted from the block's last
+// token: the gradient that enters stands AT that token, so token i takes lambda^i of it; the one that leaves stands at
+// the token that the sweep meets next, so token j goes into it with lambda^(n-j).
 template <class Acc>
 struct Decay {
   Acc power[kBlock + 1] = {};              // lambda^n
@@ -28,13 +31,14 @@ struct Decay {
   Acc correction = 0;
 
   // For blocks of up to `tokens`.
-  Decay(double rate, int64_t tokens, int shift, double causal_factor, double carried_factor, double added_factor)
-      : rate_(rate), shift_(shift), added_factor_(added_factor) {
+  Decay(double rate, int64_t tokens, int lag, double causal_factor, double carried_factor, double added_factor)
+      : rate_(rate), lag_(lag), added_factor_(added_factor) {
     for (int64_t n = 0; n <= minimum(kBlock, tokens); ++n) {
-      const double x = std::exp(-rate * double(n));
+      double x = std::exp(-rate * double(n));
+      if (x < double(kSmallest<Acc>)) x = 0;  // subnormal factors cost a hundred cycles each and carry nothing
       power[n] = Acc(x);
       if (n < kBlock) causal[kBlock - 1 - n] = Acc(causal_factor * x);
-      if (n >= shift && n - shift < kBlock) carried[n - shift] = Acc(carried_factor * x);
+      if (const int64_t i = n - 1 + lag; i >= 0 && i < kBlock) carried[i] = Acc(carried_factor * x);
     }
   }
 
@@ -42,12 +46,12 @@ struct Decay {
     if (tokens == length_) return;
     length_ = tokens;
     correction = Acc(std::exp(-rate_ * double(tokens)) - double(power[tokens]));
-    for (int64_t j = 0; j < tokens; ++j) added[j] = Acc(added_factor_) * power[tokens - shift_ - j];
+    for (int64_t j = 0; j < tokens; ++j) added[j] = Acc(added_factor_) * power[tokens - 1 + lag_ - j];
   }
 
  private:
   double rate_;
-  int shift_;
+  int lag_;
   double added_factor_;
   int64_t length_ = 0;
 };
@@ -68,7 +72,8 @@ void prefetch_outputs(const Rows<T>& o, int64_t tokens) {
   for (int64_t i = 0; i < tokens; ++i) prefetch<true>(o.token(i), o.dim);
 }
 
-// P = (Q K^T) o D, in layout `rows`. Q in `rows`, K in `transposed`.
+// P = (Q K^T) o D, in layout `rows`. Q in `rows`, K in `transposed`. Finite operands are assumed: the zeros of D are
+// factors, and what is infinite in a later token of the block reaches the earlier ones as NaN.
 template <class C>
 void scores(const Matrix<typename C::Unit>& p, const Matrix<typename C::Unit>& q,
             const Matrix<typename C::Unit>& k_transposed, const Decay<typename C::Acc>& decay, int64_t tokens,

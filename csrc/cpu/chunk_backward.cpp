@@ -33,7 +33,7 @@ class ReverseSweep final : public Sweep<Accumulate<T>> {
     const Scratch s(arena, key_dim, value_dim);
     const double scale = this->shape.scale;
     // The scale belongs to what passes through o: not to R, which may hold the gradient of the returned state.
-    Decay<Acc> decay(this->shape.decay[head], segment.length, 0, scale, 1.0, scale);
+    Decay<Acc> decay(this->shape.decay[head], segment.length, /*lag=*/1, scale, 1.0, scale);
     const auto q = rows_of<T>(p_.q, segment, head, key_dim, true);
     const auto k = rows_of<T>(p_.k, segment, head, key_dim, true);
     const auto v = rows_of<T>(p_.v, segment, head, value_dim, true);

@@ -32,7 +32,7 @@ class ForwardSweep final : public Sweep<Accumulate<T>> {
            bool carry) const override {
     const Scratch s(arena, x_.key_dim, x_.value_dim);
     const double scale = this->shape.scale;
-    Decay<Acc> decay(this->shape.decay[head], segment.length, 1, scale, scale, 1.0);
+    Decay<Acc> decay(this->shape.decay[head], segment.length, /*lag=*/0, scale, scale, 1.0);
     const auto q = rows_of<T>(x_.q, segment, head, x_.key_dim, false);
     const auto k = rows_of<T>(x_.k, segment, head, x_.key_dim, false);
     const auto v = rows_of<T>(x_.v, segment, head, x_.value_dim, false);

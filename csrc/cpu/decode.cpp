@@ -1,4 +1,4 @@
-// New tokens against a stored state, which is read once and written once whatever their number:
+// New tokens against a stored state, which is read once and written once for all of them (up to kRun):
 //
 //   for each row i of S:  for each token t:  S_i <- lambda S_i + k_t[i] v_t;   o_t += q_t[i] S_i
 //
@@ -10,8 +10,8 @@ namespace lightning {
 namespace LIGHTNING_ISA {
 namespace {
 
-// Columns of the state carried through a row at a time: at most this many vectors in registers.
-constexpr int64_t kPanelVectors = 8;
+constexpr int64_t kPanelVectors = 8;  // columns of the state taken at a time, so that their outputs stay in L1 too
+constexpr int64_t kRun = 64;          // tokens taken at a time: bounds the scratch memory
 
 // A head of one operand, [T, D] in the accumulate type, D padded to whole vectors with zeros.
 template <class Acc, class T>
@@ -22,11 +22,11 @@ void widen(Acc* to, const T* from, int64_t stride, int64_t tokens, int64_t dim, 
 }
 
 template <class T, class S, class Acc = Accumulate<T>>
-void step(const AttentionDecode& p, const T* q, const T* k, const T* v, T* o, S* state, double rate) {
+void step(const AttentionDecode& p, const T* q, const T* k, const T* v, T* o, int64_t tokens, S* state, double rate) {
   constexpr int64_t kLanes = kWidth<Acc>;
   // In two parts: what rounding takes from a slow decay would be lost again at every token ever decoded.
   const Acc lambda = Acc(std::exp(-rate)), correction = Acc(std::exp(-rate) - double(lambda));
-  const int64_t tokens = p.shape.tokens, key_dim = p.shape.key_dim, value_dim = p.shape.value_dim;
+  const int64_t key_dim = p.shape.key_dim, value_dim = p.shape.value_dim;
   const auto whole = [](int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; };
   const int64_t key_pad = whole(key_dim), value_pad = whole(value_dim);
   Acc* const qs = static_cast<Acc*>(thread_scratch(size_t(2 * tokens * (key_pad + value_pad)) * sizeof(Acc)));
@@ -80,7 +80,11 @@ void decode(const AttentionDecode& p) {
       continue;
     }
     S* const state = static_cast<S*>(p.state.data) + row * p.state.row + h * p.state.head;
-    step<T, S>(p, at(p.q), at(p.k), at(p.v), at(p.o), state, p.shape.decay[h]);
+    for (int64_t t = 0; t < p.shape.tokens; t += kRun) {
+      const int64_t rest = p.shape.tokens - t;
+      step<T, S>(p, at(p.q) + t * p.q.token, at(p.k) + t * p.k.token, at(p.v) + t * p.v.token, at(p.o) + t * p.o.token,
+                 rest < kRun ? rest : kRun, state, p.shape.decay[h]);
+    }
   }
 }
 

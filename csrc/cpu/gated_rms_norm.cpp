@@ -33,12 +33,12 @@ void forward(const GatedRMSNorm& p) {
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
     const T* gate = static_cast<const T*>(p.gate) + row * p.gate_stride;
     T* y = static_cast<T*>(p.y) + row * p.y_stride;
-    Vector<Acc> squares{};
+    LongSum<Acc> squares;
     for_vectors<Acc>(p.dim, [&](int64_t j, auto count) {
       const Vector<Acc> v = load_first(x + j, count);
-      squares += v * v;
+      squares.add(v * v);
     });
-    const Acc rstd = Acc(1 / std::sqrt(double(sum<Acc>(squares)) / double(p.dim) + p.eps));
+    const Acc rstd = Acc(1 / std::sqrt(double(squares.value()) / double(p.dim) + p.eps));
     static_cast<Acc*>(p.rstd)[row] = rstd;
     for_vectors<Acc>(p.dim, [&](int64_t j, auto count) {
       const Vector<Acc> n = load_first(x + j, count) * broadcast(rstd);
@@ -73,7 +73,7 @@ void backward(const GatedRMSNorm& p) {
       T* grad_x = static_cast<T*>(p.grad_x) + row * p.y_stride;
       T* grad_gate = static_cast<T*>(p.grad_gate) + row * p.y_stride;
       const Vector<Acc> rstd = broadcast(static_cast<const Acc*>(p.rstd)[row]), one = broadcast(Acc(1));
-      Vector<Acc> e_dot_n{};
+      LongSum<Acc> e_dot_n;
       for_vectors<Acc>(p.dim, [&](int64_t j, auto count) {
         const Vector<Acc> n = load_first(x + j, count) * rstd, g = sigmoid<Acc>(load_first(gate + j, count));
         const Vector<Acc> dy = load_first(grad_y + j, count), e = dy * load_first(weight + j, count) * g;
@@ -82,9 +82,9 @@ void backward(const GatedRMSNorm& p) {
         store(grad_weight + j, after);
         store_first(grad_gate + j, e * n * (one - g), count);
         store(e_row + j, e);
-        e_dot_n += e * n;
+        e_dot_n.add(e * n);
       });
-      const Vector<Acc> mean = broadcast(sum<Acc>(e_dot_n) / Acc(p.dim));
+      const Vector<Acc> mean = broadcast(e_dot_n.value() / Acc(p.dim));
       for_vectors<Acc>(p.dim, [&](int64_t j, auto count) {
         const Vector<Acc> n = load_first(x + j, count) * rstd;
         store_first(grad_x + j, rstd * (load(e_row + j) - n * mean), count);

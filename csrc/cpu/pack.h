@@ -12,7 +12,7 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 constexpr int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Every dimension is padded to this many elements.
+// Every dimension is padded to a multiple of this: the columns of the widest tile, and whole pairs.
 constexpr int64_t kPadding = 32;
 constexpr int64_t padded(int64_t n) { return round_up(n, kPadding); }
 
@@ -116,9 +116,12 @@ void pack_pairs(const Matrix<typename C::Unit>& to, const Matrix<typename C::Uni
 template <class C>
 Matrix<typename C::Unit> as_pairs(const Matrix<typename C::Unit>& to, const Matrix<typename C::Unit>& rows,
                                   int64_t count, int64_t dim) {
-  if constexpr (C::kPair == 1) return rows;
-  pack_pairs<C>(to, rows, count, dim, nullptr);
-  return to;
+  if constexpr (C::kPair == 1) {
+    return rows;
+  } else {
+    pack_pairs<C>(to, rows, count, dim, nullptr);
+    return to;
+  }
 }
 
 // A state (rows of the accumulate type) in layout `pairs`: itself, or rounded to the operands' precision.

@@ -7,53 +7,35 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
-#endif
-#if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
+#include <unistd.h>
 #endif
 
 namespace lightning {
 namespace {
 
 constexpr std::align_val_t kAlign{64};
-constexpr int64_t kSegmentMultiple = 64;    // whole blocks, see kBlock in block.h
 constexpr double kWorkPerThread = 1 << 18;  // multiply-adds that repay waking a thread (some 5 us)
 
-bool forked = false;
-
 }  // namespace
-
-int usable_threads(int wanted) {
-#if defined(__unix__) || defined(__APPLE__)
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-  (void)registered;
-#endif
-  return forked ? 1 : wanted;
-}
 
 Schedule::Schedule(const AttentionShape& shape) {
   const bool packed = shape.cu_seqlens != nullptr;
   const double tokens = double(shape.tokens) * double(shape.batch) * double(shape.heads);
   const double work = tokens * 2 * double(shape.key_dim) * double(shape.value_dim);
   threads_ = int(std::max(1.0, std::min(double(shape.threads), work / kWorkPerThread)));
-
-  const auto share = int64_t(tokens / threads_) + 1;
-  const int64_t limit =
-      threads_ == 1 ? INT64_MAX : (share + kSegmentMultiple - 1) / kSegmentMultiple * kSegmentMultiple;
+  const double share = tokens / threads_;  // of one thread, in tokens of one head
 
   std::vector<Segment> segments;
   for (int64_t n = 0; n < shape.sequences; ++n) {
     const int64_t start = packed ? shape.cu_seqlens[n] : 0;
     const int64_t length = packed ? shape.cu_seqlens[n + 1] - start : shape.tokens;
-    // Equal parts: the slowest segment sets the time.
-    const int64_t parts = length > limit ? (length + limit - 1) / limit : 1;
-    int64_t part = (length + parts - 1) / parts;
-    if (parts > 1) part = (part + kSegmentMultiple - 1) / kSegmentMultiple * kSegmentMultiple;
+    // Rounded down: the first round of a cut sequence costs as much as two fifths of a segment more.
+    const int64_t parts = threads_ > 1 && length > 0 ? std::max(int64_t(1), int64_t(double(length) / share)) : 1;
+    const int64_t part = ((length + parts - 1) / parts + kBlock - 1) / kBlock * kBlock;
     int64_t at = 0;
     do {
       const int64_t size = std::min(part, length - at);
-      segments.push_back({n, packed ? 0 : n, start + at, size, at == 0, at + size == length});
-      split_ |= size < length;
+      segments.push_back({n, packed ? 0 : n, start + at, size, at == 0, at + size == length, size < length ? cut_++ : -1});
       at += size;
     } while (at < length);
   }
@@ -66,9 +48,9 @@ Schedule::~Schedule() { delete[] segments_; }
 
 void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
@@ -81,7 +63,8 @@ Buffer::~Buffer() { ::operator delete(data_, kAlign); }
 void* thread_scratch(size_t bytes) {
   thread_local std::unique_ptr<Buffer> buffer;
   thread_local size_t capacity = 0;
-  if (bytes > capacity) {
+  if (!buffer || bytes > capacity) {
+    capacity = 0;  // should the allocation fail
     buffer.reset();
     buffer = std::make_unique<Buffer>(bytes);
     capacity = bytes;

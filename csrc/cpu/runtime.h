@@ -9,18 +9,24 @@
 
 namespace lightning {
 
+constexpr int64_t kBlock = 64;  // tokens that a kernel takes at a time
+
 // A run of consecutive tokens of one sequence, which one thread sweeps for one head.
 struct Segment {
   int64_t sequence, batch;  // state row, and row of the operands
   int64_t begin, length;    // tokens, within that row
   bool first, last;         // of its sequence
+  int64_t cut;              // number among the segments of sequences that were cut, or -1
 };
 
-// All sequences cut into segments, in order. A sequence is cut only where it holds more than one thread's
-// share of the work, so the segment states take O(threads * K * V).
+// All sequences as segments, in order. A sequence is cut only if it holds at least two threads' shares of the work, so
+// the states of cut segments take O(threads * K * V).
+//
+// No standard container here: its inline functions, compiled for several instruction sets, would be merged into one by
+// the linker.
 class Schedule {
  public:
-  // `threads`: how many there are; one thread is used when the work does not repay a second.
+  // One thread is used when the work does not repay a second.
   explicit Schedule(const AttentionShape& shape);
   ~Schedule();
   Schedule(const Schedule&) = delete;
@@ -28,21 +34,18 @@ class Schedule {
 
   int64_t size() const { return size_; }
   const Segment& operator[](int64_t i) const { return segments_[i]; }
-  bool split() const { return split_; }  // does any sequence have several segments?
+  int64_t cut() const { return cut_; }  // segments of sequences that were cut
   int threads() const { return threads_; }
 
  private:
   Segment* segments_ = nullptr;
   int64_t size_ = 0;
-  bool split_ = false;
+  int64_t cut_ = 0;
   int threads_ = 1;
 };
 
-// `wanted` threads, but one in a forked child: the thread pool of GNU OpenMP does not survive a fork, and the first
-// parallel region there would wait for ever.
-int usable_threads(int wanted);
-
-// At least `bytes` of 64-byte aligned memory that belongs to the calling thread until it asks again.
+// At least `bytes` of 64-byte aligned memory that belongs to the calling thread until it asks again. It is kept for the
+// life of the thread, so ask for O(K * V) or a row, never for O(T).
 void* thread_scratch(size_t bytes);
 
 // Asks for huge pages behind fresh memory that is about to be written: the first touch of each 4 KB page costs more

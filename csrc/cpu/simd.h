@@ -92,10 +92,32 @@ LIGHTNING_INLINE Vector<T> broadcast(T x) {
 
 template <class T>
 LIGHTNING_INLINE T sum(const Vector<T>& v) {
-  T total = 0;
-  for (int i = 0; i < kWidth<T>; ++i) total += v[i];
-  return total;
+  T lane[kWidth<T>];
+  store(lane, v);
+  for (int half = kWidth<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
 }
+
+// A long sum in two levels, so that its error grows with the root of the length of each only.
+template <class T>
+class LongSum {
+ public:
+  LIGHTNING_INLINE void add(const Vector<T>& v) {
+    part_ += v;
+    if (++count_ == kPart) {
+      total_ += part_;
+      part_ = Vector<T>{};
+      count_ = 0;
+    }
+  }
+  LIGHTNING_INLINE T value() const { return sum<T>(total_ + part_); }
+
+ private:
+  static constexpr int kPart = 32;
+  Vector<T> part_{}, total_{};
+  int count_ = 0;
+};
 
 // Asks for the cache lines of `count` elements ahead of their use, to read or to write; never faults.
 template <bool Write = false, class T>

@@ -58,31 +58,30 @@ void run_sweeps(const Sweep<Acc>* const (&sweeps)[Passes]) {
     scratch = counter.used() > scratch ? counter.used() : scratch;
   }
 
-  // Entering states of the segments of split sequences; pass by pass, segment by segment, head by head.
+  // Entering states of the segments of cut sequences; pass by pass, segment by segment, head by head.
   int64_t pass_size[Passes], offset[Passes], total = 0;
   for (int pass = 0; pass < Passes; ++pass) {
     pass_size[pass] = sweeps[pass]->state_size();
     offset[pass] = total;
-    if (schedule.split()) total += pass_size[pass] * segments * heads;
+    total += pass_size[pass] * schedule.cut() * heads;
   }
   const Buffer entering(size_t(total) * sizeof(Acc));
-  const auto entering_state = [&](int64_t pass, int64_t segment, int64_t head) {
-    return static_cast<Acc*>(entering.data()) + offset[pass] + (segment * heads + head) * pass_size[pass];
+  const auto entering_state = [&](int64_t pass, const Segment& segment, int64_t head) {
+    return static_cast<Acc*>(entering.data()) + offset[pass] + (segment.cut * heads + head) * pass_size[pass];
   };
-  const auto is_split = [&](const Segment& s) { return !(s.first && s.last); };
 
-  if (schedule.split()) {
+  if (schedule.cut() > 0) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(schedule.threads())
     for (int64_t task = 0; task < Passes * segments * heads; ++task) {
-      const int64_t pass = task / (segments * heads), i = task / heads % segments, head = task % heads;
-      const Segment& segment = schedule[i];
+      const int64_t pass = task / (segments * heads), head = task % heads;
+      const Segment& segment = schedule[task / heads % segments];
       const Sweep<Acc>& sweep = *sweeps[pass];
-      if (!is_split(segment) || sweep.ends(segment)) continue;
+      if (segment.cut < 0 || sweep.ends(segment)) continue;
       Arena arena(thread_scratch(scratch));
       Matrix<Acc> state = sweep.state_matrix(arena);
       std::memset(state.data, 0, size_t(pass_size[pass]) * sizeof(Acc));
-      sweep.run(segment, head, state, arena, false, true);
-      std::memcpy(entering_state(pass, i, head), state.data, size_t(pass_size[pass]) * sizeof(Acc));
+      sweep.run(segment, head, state, arena, /*outputs=*/false, /*carry=*/true);
+      std::memcpy(entering_state(pass, segment, head), state.data, size_t(pass_size[pass]) * sizeof(Acc));
     }
 #pragma omp parallel for schedule(static) num_threads(schedule.threads())
     for (int64_t task = 0; task < Passes * heads; ++task) {
@@ -91,15 +90,14 @@ void run_sweeps(const Sweep<Acc>* const (&sweeps)[Passes]) {
       Arena arena(thread_scratch(scratch));
       Matrix<Acc> state = sweep.state_matrix(arena);
       for (int64_t step = 0; step < segments; ++step) {
-        const int64_t i = sweep.reverse ? segments - 1 - step : step;
-        const Segment& segment = schedule[i];
-        if (!is_split(segment)) continue;
+        const Segment& segment = schedule[sweep.reverse ? segments - 1 - step : step];
+        if (segment.cut < 0) continue;
         if (sweep.starts(segment)) {
           std::memset(state.data, 0, size_t(size) * sizeof(Acc));
           sweep.load_state(segment.sequence, head, state);
         }
         const Acc factor = Acc(std::exp(-double(shape.decay[head]) * double(segment.length)));
-        Acc* end = entering_state(pass, i, head);
+        Acc* end = entering_state(pass, segment, head);
         const bool last = sweep.ends(segment);
         for (int64_t x = 0; x < size; ++x) {
           const Acc in = state.data[x];
@@ -112,19 +110,19 @@ void run_sweeps(const Sweep<Acc>* const (&sweeps)[Passes]) {
 
 #pragma omp parallel for schedule(dynamic, 1) num_threads(schedule.threads())
   for (int64_t task = 0; task < Passes * segments * heads; ++task) {
-    const int64_t pass = task / (segments * heads), i = task / heads % segments, head = task % heads;
-    const Segment& segment = schedule[i];
+    const int64_t pass = task / (segments * heads), head = task % heads;
+    const Segment& segment = schedule[task / heads % segments];
     const Sweep<Acc>& sweep = *sweeps[pass];
     Arena arena(thread_scratch(scratch));
     Matrix<Acc> state = sweep.state_matrix(arena);
-    if (is_split(segment)) {
-      std::memcpy(state.data, entering_state(pass, i, head), size_t(pass_size[pass]) * sizeof(Acc));
+    if (segment.cut >= 0) {
+      std::memcpy(state.data, entering_state(pass, segment, head), size_t(pass_size[pass]) * sizeof(Acc));
     } else {
       std::memset(state.data, 0, size_t(pass_size[pass]) * sizeof(Acc));
       sweep.load_state(segment.sequence, head, state);
     }
     const bool carry = sweep.ends(segment) && sweep.wants_final_state();
-    sweep.run(segment, head, state, arena, true, carry);
+    sweep.run(segment, head, state, arena, /*outputs=*/true, carry);
     if (carry) sweep.store_state(segment.sequence, head, state);
   }
 }

@@ -62,7 +62,8 @@ struct ComputeOf<bfloat16> {
 template <class T>
 using Compute = typename ComputeOf<T>::type;
 
-// Sixteen accumulators hide the latency of the multiply-add where there are 32 registers, eight where there are 16.
+// Sixteen accumulators hide the latency of the multiply-add on AVX-512, with its 32 registers; elsewhere there may be 16,
+// and eight do.
 constexpr int kTileRows = LIGHTNING_VECTOR_BYTES == 64 ? 8 : 4;
 constexpr int kTileVectors = 2;
 

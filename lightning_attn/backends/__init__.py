@@ -17,11 +17,31 @@ last dimension and free in their other strides, as decode's state is in its firs
 """
 
 import importlib
+import os
 from types import ModuleType
+
+import torch
 
 from ..dispatch import BACKENDS, Spec
 
 _TITLES = {"triton": "Triton", "cuda": "CUDA"}
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def threads() -> int:
+    """How many threads a CPU kernel may use: as many as PyTorch, but one in a forked child. The thread pool of GNU
+    OpenMP does not survive a fork, and a parallel region there would wait for ever.
+    """
+    return 1 if _forked else torch.get_num_threads()
 
 
 def load(name: str) -> ModuleType:

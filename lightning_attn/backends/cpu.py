@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_attn import _C
 
 from ..dispatch import Spec, accumulation_dtype
+from . import threads
 
 __all__ = [
     "attention_backward",
@@ -66,7 +67,7 @@ def _shape(q: Tensor, v: Tensor, decay: Tensor, scale: float, cu_seqlens: Tensor
     )
     return (
         _DTYPES[q.dtype], batch, tokens, heads, key_dim, v.shape[3],
-        sequences, offsets, decay.data_ptr(), scale, torch.get_num_threads(),
+        sequences, offsets, decay.data_ptr(), scale, threads(),
     )  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def _int64(x: Tensor | None) -> Tensor | None:
 
 def _empty_like(x: Tensor) -> Tensor:
     """Uninitialised contiguous memory for an output of x's shape and dtype, on huge pages where that pays."""
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = x.new_empty(x.shape)
     if out.nbytes >= _HUGE_BYTES:
         _C.advise_huge_pages(out.data_ptr(), out.nbytes)
     return out
@@ -152,13 +153,13 @@ def _norm_arguments(
 ) -> tuple[tuple, Tensor, Tensor, Tensor]:
     x, gate, weight = _matrix(x), _matrix(gate), weight.to(accumulation_dtype(x.dtype))
     rows, dim = x.shape
-    sizes = (_DTYPES[x.dtype], rows, dim, x.stride(0), gate.stride(0), dim, eps, torch.get_num_threads())
+    sizes = (_DTYPES[x.dtype], rows, dim, x.stride(0), gate.stride(0), dim, eps, threads())
     return sizes, x, gate, weight
 
 
 def gated_rms_norm_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y = _empty_like(x)
-    rstd = torch.empty(x.shape[:-1], dtype=accumulation_dtype(x.dtype))
+    rstd = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x.dtype))
     sizes, x, gate, weight = _norm_arguments(x, gate, weight, eps)
     _C.gated_rms_norm_forward(
         sizes, x.data_ptr(), gate.data_ptr(), weight.data_ptr(), y.data_ptr(), rstd.data_ptr()
@@ -170,7 +171,7 @@ def gated_rms_norm_backward(
     dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dgate = _empty_like(x), _empty_like(x)
-    dweight = torch.empty(weight.shape, dtype=accumulation_dtype(x.dtype))
+    dweight = x.new_empty(weight.shape, dtype=accumulation_dtype(x.dtype))
     weight_dtype = weight.dtype
     sizes, x, gate, weight = _norm_arguments(x, gate, weight, 0.0)
     dy = _matrix(dy)

@@ -16,7 +16,7 @@ from .eager import Function
 from .machine import Limits
 from .overhead import call_times
 from .peers import OURS, missing_peers, peers
-from .results import Row
+from .results import Row, Timing
 from .suites import DTYPES, OPS, PRESETS, bench_cases
 
 SECONDS_PER_CALL = 1.0  # for timing one provider at one pass of one case; slow calls take longer
@@ -51,9 +51,9 @@ def bench(
 ) -> None:
     """Time the ops: attention, decode, gated_rms_norm, module.  [default: all of the preset]
 
-    First measures what this machine reaches: the rate of a large matrix product, the bandwidth of a large
-    copy. Each case is checked against float64 before it is timed. Exits with 1 if a result of ours does not
-    pass.
+    Measures what this machine reaches, the rate of a large matrix product and the bandwidth of a large copy,
+    and shows each time as a fraction of that limit. Each case is checked against float64 before it is timed.
+    Exits with 1 if a result of ours does not pass.
     """
     if plot_dir and not importlib.util.find_spec("matplotlib"):
         raise click.UsageError("--plot needs matplotlib: pip install 'lightning-attn-kernels[bench]'")
@@ -69,15 +69,15 @@ def bench(
         raise click.UsageError(f"preset {preset!r} has no case of {', '.join(ops)}")
 
     console = report.console()
-    rows: list[Row] = []
+    limits, timings = Limits(), list[Timing]()
     with report.progress(console) as progress:
-        task = progress.add_task("limits of this machine", total=1 + len(cases))
-        limits = machine.measure_limits({case.dtype for case in cases}, device)
-        progress.advance(task)
+        task = progress.add_task("bench", total=len(cases))
         for case in cases:
             progress.update(task, description=f"{case.op} {dtype_name(case.dtype)}")
-            rows += _rows(case, backend, device, limits, compare, progress.console.print)
+            limits = limits.or_better(machine.measure_limits(case.dtype, device))
+            timings += _time(case, backend, device, compare, progress.console.print)
             progress.advance(task)
+    rows = [Row.of(timing, limits) for timing in timings]
     calls = call_times(backend, device) if preset == "full" else {}
 
     console.print(results.headline(limits, backend), highlight=False)
@@ -102,9 +102,9 @@ def bench(
         raise click.ClickException("a result is further from float64 than the rule allows and was not timed")
 
 
-def _rows(
-    case: Case, backend: str, device: torch.device, limits: Limits, compare: bool, say: Callable[[str], None]
-) -> Iterator[Row]:
+def _time(
+    case: Case, backend: str, device: torch.device, compare: bool, say: Callable[[str], None]
+) -> Iterator[Timing]:
     """Checks one case, says what fails, and times what passes."""
     inputs = case.inputs(device)
     judge = Judge(case, inputs, case.passes[-1])
@@ -121,23 +121,14 @@ def _rows(
         passed = [provider for provider in functions if all(v.ok for v in judged[provider])]
         steps = {provider: case.step(functions[provider], inputs, pass_) for provider in passed}
         medians = timing.medians(steps, device, SECONDS_PER_CALL)
-        flops, bytes_ = case.flops(pass_), case.bytes(pass_)
-        limit = limits.milliseconds(flops, bytes_, case.dtype)
         for provider in functions:
-            median = 1e3 * medians[provider] if provider in medians else None
-            yield Row(
-                op=case.op,
+            yield Timing(
+                case=case,
                 pass_=pass_,
                 provider=provider,
                 backend=backend if provider == OURS else "torch",
                 device=str(device),
-                dtype=dtype_name(case.dtype),
-                shape=case.shape,
-                median_ms=median,
-                bytes=bytes_,
-                flops=flops,
-                limit_ms=limit,
-                fraction_of_limit=limit / median if median else None,
+                median_ms=1e3 * medians[provider] if provider in medians else None,
                 error=max(v.error for v in judged[provider]),
                 ok=provider in passed,
             )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import lightning_attn
 from lightning_attn import decay as decays
+from lightning_attn.dispatch import accumulation_dtype
 
 from . import eager, truth
 from .eager import Function
@@ -115,10 +116,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def decay_rates(kind: str, heads: int) -> Tensor:
     """Rates [H] per token. "minimax": of its first layer; "zero": nothing decays; "large": 1 to 10,000."""
     if kind == "minimax":
@@ -183,7 +180,7 @@ class Attention(Case):
         if self.stateful:
             size = (len(self.lengths) or self.B, self.H, self.K, self.V)
             for name in ("initial_state", "dstate"):
-                tensors[name] = normal(*size, dtype=state_dtype(self.dtype))
+                tensors[name] = normal(*size, dtype=accumulation_dtype(self.dtype))
         return tensors
 
     def ours(self, backend: str) -> Function:

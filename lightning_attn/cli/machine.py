@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +17,8 @@ import lightning_attn
 from .cases import dtype_name
 from .timing import best_seconds
 
-COPY_BYTES = 512 * 2**20  # of one buffer: far beyond every cache
-GEMM_SIZES = (256, 1024, 2048)
+COPY_BYTES = 256 * 2**20  # of one buffer: far beyond every cache
+GEMM_SIZES = (1024, 2048)
 GEMM_SECONDS = 0.5  # after a product that takes longer no larger one is tried
 
 
@@ -97,8 +97,14 @@ def _git(directory: Path, *arguments: str) -> str:
 class Limits:
     """What this machine reaches with PyTorch's own product and copy."""
 
-    gemm_flops_per_s: dict[torch.dtype, float]
-    copy_bytes_per_s: float
+    gemm_flops_per_s: dict[torch.dtype, float] = field(default_factory=dict)
+    copy_bytes_per_s: float = 0.0
+
+    def or_better(self, other: Limits) -> Limits:
+        """The best of two measurements: noise only ever makes a run slower."""
+        dtypes = sorted(self.gemm_flops_per_s | other.gemm_flops_per_s, key=str)
+        gemm = {d: max(x.gemm_flops_per_s.get(d, 0.0) for x in (self, other)) for d in dtypes}
+        return Limits(gemm, max(self.copy_bytes_per_s, other.copy_bytes_per_s))
 
     def milliseconds(self, flops: int, bytes_: int, dtype: torch.dtype) -> float:
         """The time that these flops and bytes take at the limits, whichever is longer."""
@@ -109,14 +115,14 @@ class Limits:
         return {"gemm_flops_per_s": gemm, "copy_bytes_per_s": self.copy_bytes_per_s}
 
 
-def measure_limits(dtypes: set[torch.dtype], device: torch.device) -> Limits:
-    """The best of several runs each: noise only ever makes a run slower.
-
-    16-bit dtypes have at least float32's rate, for a kernel may widen them where PyTorch has no fast product.
+def measure_limits(dtype: torch.dtype, device: torch.device) -> Limits:
+    """For kernels on `dtype`. If it has 16 bits they may widen it where PyTorch has no fast product of it, so its
+    rate is at least that of float32.
     """
-    gemm = {dtype: _gemm_rate(dtype, device) for dtype in sorted(dtypes | {torch.float32}, key=str)}
-    least = {dtype: gemm[torch.float32] if dtype.itemsize == 2 else 0.0 for dtype in gemm}
-    return Limits({dtype: max(rate, least[dtype]) for dtype, rate in gemm.items()}, _copy_rate(device))
+    gemm = {d: _gemm_rate(d, device) for d in {dtype, torch.float32}}
+    if dtype.itemsize == 2:
+        gemm[dtype] = max(gemm.values())
+    return Limits(gemm, _copy_rate(device))
 
 
 def _gemm_rate(dtype: torch.dtype, device: torch.device) -> float:

@@ -26,6 +26,8 @@ def _writable(context: click.Context, option: click.Parameter, path: Path | None
     """Makes the file or directory now: before a long run one wants to know that it cannot be written."""
     try:
         if path and option.name == "json_path":
+            if path.is_dir():
+                raise IsADirectoryError(f"{path} is a directory")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         elif path:

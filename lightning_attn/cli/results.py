@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from rich.table import Table
 
 from . import machine, report
-from .cases import Shape, dtype_name
+from .cases import Case, Shape, dtype_name
 from .machine import Limits
 from .peers import OURS
 
@@ -17,8 +17,22 @@ STREAMING = ("decode", "gated_rms_norm")  # bounded by memory traffic, so their 
 
 
 @dataclass(frozen=True)
-class Row:
+class Timing:
     """One provider at one pass of one case. What has failed its check is not timed: median_ms is None."""
+
+    case: Case
+    pass_: str
+    provider: str
+    backend: str
+    device: str
+    median_ms: float | None
+    error: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """A timing beside the limits of the machine."""
 
     op: str
     pass_: str
@@ -34,6 +48,28 @@ class Row:
     fraction_of_limit: float | None
     error: float
     ok: bool
+
+    @staticmethod
+    def of(timing: Timing, limits: Limits) -> Row:
+        case, pass_, median = timing.case, timing.pass_, timing.median_ms
+        flops, bytes_ = case.flops(pass_), case.bytes(pass_)
+        limit = limits.milliseconds(flops, bytes_, case.dtype)
+        return Row(
+            op=case.op,
+            pass_=pass_,
+            provider=timing.provider,
+            backend=timing.backend,
+            device=timing.device,
+            dtype=dtype_name(case.dtype),
+            shape=case.shape,
+            median_ms=median,
+            bytes=bytes_,
+            flops=flops,
+            limit_ms=limit,
+            fraction_of_limit=None if median is None else limit / median,
+            error=timing.error,
+            ok=timing.ok,
+        )
 
     @property
     def case(self) -> tuple[str, str, str, str]:

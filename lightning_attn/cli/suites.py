@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from .cases import Attention, Case, Decode, GatedRMSNorm, Layer, dtype_name, state_dtype
+from lightning_attn.dispatch import accumulation_dtype
+
+from .cases import Attention, Case, Decode, GatedRMSNorm, Layer, dtype_name
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = {dtype_name(dtype): dtype for dtype in (F64, F32, BF16, F16)}
@@ -30,7 +32,7 @@ def check_cases() -> Iterator[Case]:
         yield Attention(dtype, T=300, H=2, K=32, V=32, slopes="zero", stateful=True)
         yield Attention(dtype, T=300, H=5, K=32, V=32, slopes="large", stateful=True)
         yield Attention(dtype, T=331, H=2, K=64, V=32, lengths=(0, 65, 1, 0, 200, 65, 0), stateful=True)
-        for state in dict.fromkeys((state_dtype(dtype), F64 if dtype == F64 else BF16)):
+        for state in dict.fromkeys((accumulation_dtype(dtype), F64 if dtype == F64 else BF16)):
             yield Decode(dtype, B=3, H=4, K=128, V=128, state=state)
             yield Decode(dtype, B=5, H=3, K=64, V=64, state=state, slots=True)
             yield Decode(dtype, B=5, T=3, H=2, K=33, V=17, state=state, slots=True)
@@ -51,7 +53,7 @@ def _quick(dtypes: tuple[torch.dtype, ...], module: bool) -> Iterator[Case]:
     for dtype in dtypes or (F32, BF16):
         yield Attention(dtype, T=8192, H=8, K=128, V=128)
     for dtype in dtypes or (F32, BF16):
-        yield Decode(dtype, B=16, H=64, K=128, V=128, state=state_dtype(dtype))
+        yield Decode(dtype, B=16, H=64, K=128, V=128, state=accumulation_dtype(dtype))
     for dtype in dtypes or (BF16,):
         yield GatedRMSNorm(dtype, rows=2048, D=8192)
     if module:  # the layer is there to be compared: its time is mostly that of the projections
@@ -72,7 +74,7 @@ def _full(dtypes: tuple[torch.dtype, ...], module: bool) -> Iterator[Case]:
             yield Attention(dtype, T=8192, H=8, K=k, V=v)
     for dtype in dtypes or (F32,):
         for batch in (1, 4, 64):
-            yield Decode(dtype, B=batch, H=64, K=128, V=128, state=state_dtype(dtype))
+            yield Decode(dtype, B=batch, H=64, K=128, V=128, state=accumulation_dtype(dtype))
     for dtype in dtypes or (BF16,):
         for batch in (1, 16, 64):
             yield Decode(dtype, B=batch, H=64, K=128, V=128, state=F64 if dtype == F64 else BF16)
@@ -85,6 +87,6 @@ def _minimax_01(dtypes: tuple[torch.dtype, ...], module: bool) -> Iterator[Case]
         for tokens in (2048, 4096, 8192):
             yield Attention(dtype, T=tokens, H=64, K=128, V=128)
         for batch in (1, 4, 16):
-            yield Decode(dtype, B=batch, H=64, K=128, V=128, state=state_dtype(dtype))
+            yield Decode(dtype, B=batch, H=64, K=128, V=128, state=accumulation_dtype(dtype))
         yield GatedRMSNorm(dtype, rows=2048, D=8192)
         yield Layer(dtype, T=512, hidden=6144, H=64, D=128)

@@ -36,20 +36,23 @@ def medians(calls: Mapping[str, Call], device: torch.device, budget: float) -> d
     ratios stay true. One turn warms up; turns go on for `budget` seconds per call, and until there are
     MIN_REPEATS, unless that takes longer than PATIENCE.
     """
-    return {name: statistics.median(times) for name, times in _turns(calls, device, budget).items()}
+    times = _turns(calls, device, budget * len(calls), MIN_REPEATS)
+    return {name: statistics.median(t) for name, t in times.items()}
 
 
-def best_seconds(call: Call, device: torch.device, budget: float = 0.5) -> float:
+def best_seconds(call: Call, device: torch.device, budget: float = 0.2) -> float:
     """The shortest time of one call among as many as `budget` seconds allow."""
-    return min(_turns({"": call}, device, budget)[""])
+    return min(_turns({"": call}, device, budget, 1)[""])
 
 
-def _turns(calls: Mapping[str, Call], device: torch.device, budget: float) -> dict[str, list[float]]:
+def _turns(
+    calls: Mapping[str, Call], device: torch.device, budget: float, least: int
+) -> dict[str, list[float]]:
     for call in calls.values():
         seconds(call, device)
     times: dict[str, list[float]] = {name: [] for name in calls}
     start, spent, turns = perf_counter(), 0.0, 0
-    while spent < budget * len(calls) or (turns < MIN_REPEATS and spent < PATIENCE):
+    while spent < budget or (turns < least and spent < PATIENCE):
         for name, call in calls.items():
             times[name].append(seconds(call, device))
         spent, turns = perf_counter() - start, turns + 1
