@@ -4,6 +4,7 @@ The public functions check the structure of their arguments: types, dtypes, shap
 functions named `*_values` read tensors; operators call them, so that they also hold under torch.compile.
 """
 
+import math
 import sys
 
 import torch
