@@ -34,10 +34,10 @@ struct Decay {
   Decay(double rate, int64_t tokens, int lag, double causal_factor, double carried_factor, double added_factor)
       : rate_(rate), lag_(lag), added_factor_(added_factor) {
     for (int64_t n = 0; n <= minimum(kBlock, tokens); ++n) {
-      double x = std::exp(-rate * double(n));
-      if (x < double(kSmallest<Acc>)) x = 0;  // subnormal factors cost a hundred cycles each and carry nothing
+      const double x = std::exp(-rate * double(n));
       power[n] = Acc(x);
-      if (n < kBlock) causal[kBlock - 1 - n] = Acc(causal_factor * x);
+      // Subnormal factors would cost a hundred cycles each, and vanish beside the current token, which weighs 1.
+      if (n < kBlock && x >= double(kSmallest<Acc>)) causal[kBlock - 1 - n] = Acc(causal_factor * x);
       if (const int64_t i = n - 1 + lag; i >= 0 && i < kBlock) carried[i] = Acc(carried_factor * x);
     }
   }
