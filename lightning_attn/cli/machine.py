@@ -95,10 +95,19 @@ def _git(directory: Path, *arguments: str) -> str:
 
 @dataclass(frozen=True)
 class Limits:
-    """What this machine reaches with PyTorch's own product and copy."""
+    """What this machine reaches with PyTorch's own product and copy.
+
+    Kernels on 16 bits may widen them where PyTorch has no fast product, so that rate is at least float32's.
+    """
 
     gemm_flops_per_s: dict[torch.dtype, float] = field(default_factory=dict)
     copy_bytes_per_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        float32 = self.gemm_flops_per_s.get(torch.float32, 0.0)
+        for dtype, rate in self.gemm_flops_per_s.items():
+            if dtype.itemsize == 2:
+                self.gemm_flops_per_s[dtype] = max(rate, float32)
 
     def or_better(self, other: Limits) -> Limits:
         """The best of two measurements: noise only ever makes a run slower."""
@@ -116,13 +125,8 @@ class Limits:
 
 
 def measure_limits(dtype: torch.dtype, device: torch.device) -> Limits:
-    """For kernels on `dtype`. If it has 16 bits they may widen it where PyTorch has no fast product of it, so its
-    rate is at least that of float32.
-    """
-    gemm = {d: _gemm_rate(d, device) for d in {dtype, torch.float32}}
-    if dtype.itemsize == 2:
-        gemm[dtype] = max(gemm.values())
-    return Limits(gemm, _copy_rate(device))
+    """For kernels on `dtype`."""
+    return Limits({d: _gemm_rate(d, device) for d in {dtype, torch.float32}}, _copy_rate(device))
 
 
 def _gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
