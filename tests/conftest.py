@@ -1,5 +1,7 @@
-"""Fixtures: a backend, a variant of one (a backend and, on the CPU, an instruction set), and a clean process state."""
+"""Fixtures: a backend, a variant of one (a backend and, on the CPU, an instruction set), a clean process state, no
+compiled code where a test asks for that, and a command line with small cases."""
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -67,3 +69,27 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_compiled_code(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """torch.compile starts with nothing compiled, and leaves nothing."""
+    # Or a failure is buried under thousands of lines.
+    caplog.set_level(logging.WARNING, logger="torch.__trace")
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """check and bench see small cases, bench measures small limits and times each call a few times."""
+    # Not at the top: only some tests want the command line.
+    from cli_support import SMALL, bench_module, cases_module, check_module, machine_module
+
+    monkeypatch.setattr(check_module, "check_cases", lambda: iter(SMALL))
+    monkeypatch.setattr(bench_module, "bench_cases", lambda preset, dtypes, module: SMALL)
+    monkeypatch.setattr(bench_module, "SECONDS_PER_CALL", 0.001)
+    monkeypatch.setattr(cases_module, "COLD_BYTES", 2**16)
+    monkeypatch.setattr(machine_module, "GEMM_SIZES", (64,))
+    monkeypatch.setattr(machine_module, "COPY_BYTES", 2**20)

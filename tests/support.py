@@ -20,6 +20,7 @@ from lightning_attn.backends import reference, supports
 from lightning_attn.dispatch import Spec, accumulation_dtype
 
 BACKENDS = [name for name, status in available_backends().items() if status == "ok"]
+ON_CPU = [name for name in BACKENDS if name in ("reference", "cpu")]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HALF = [torch.bfloat16, torch.float16]
 RATES = (0.03, 0.0, 2.0, 0.4, 30.0)  # of the heads of a test, in turn

@@ -5,7 +5,7 @@ Within autocast a call is the call on inputs cast by hand, bit by bit; so are it
 
 import pytest
 import torch
-from support import BACKENDS, HALF, Inputs, assert_same_bits, dtype_id, make_inputs
+from support import HALF, ON_CPU, Inputs, assert_same_bits, dtype_id, make_inputs
 from torch import Tensor
 
 from lightning_attn import (
@@ -17,7 +17,6 @@ from lightning_attn import (
     lightning_attention_decode,
 )
 
-ON_CPU = [name for name in BACKENDS if name in ("reference", "cpu")]
 Leaves = tuple[Tensor, Tensor, Tensor, Tensor]
 
 half = pytest.mark.parametrize("dtype", HALF, ids=dtype_id)

@@ -1,14 +1,12 @@
-"""The operators under torch.library's own tests, and every public function under torch.compile."""
+"""Every public function and module under torch.compile."""
 
-import itertools
-import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from support import BACKENDS, LAYOUTS, assert_same_bits, dtype_id, dtypes_of, make_inputs, offsets
+from support import ON_CPU, assert_same_bits, dtype_id, make_inputs, offsets
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -20,145 +18,8 @@ from lightning_attn import (
     lightning_attention,
     lightning_attention_decode,
 )
-from lightning_attn.dispatch import accumulation_dtype
 
-OPS = torch.ops.lightning_attn
-UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-ON_CPU = [name for name in BACKENDS if name in ("reference", "cpu")]
-KINDS = [(backend, dtype) for backend in ON_CPU for dtype in dtypes_of(backend)]
-
-kinds = pytest.mark.parametrize("backend, dtype", KINDS, ids=dtype_id)
-# The reference is slow here, and the operators are the same but for the last argument: of it only the full
-# case.
-OPTIONAL = [
-    (backend, dtype, packed, state)
-    for (backend, dtype), packed, state in itertools.product(KINDS, (False, True), (False, True))
-    if backend != "reference" or (packed and state)
-]
-STRIDED = [(b, layout) for b in ON_CPU for layout in LAYOUTS if b != "reference" or "element" in layout]
-optional = pytest.mark.parametrize("backend, dtype, packed, state", OPTIONAL, ids=dtype_id)
-
-
-@pytest.fixture(autouse=True)
-def no_compiled_code(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    caplog.set_level(
-        logging.WARNING, logger="torch.__trace"
-    )  # or a failure is buried under thousands of lines
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def opcheck(op: Callable[..., Any], *args: object) -> None:
-    """All four tests of torch.library; raises on the first that fails."""
-    assert torch.library.opcheck(op, args, test_utils=UTILS) == dict.fromkeys(UTILS, "SUCCESS")
-
-
-def all_raw_ops() -> set[str]:
-    return {
-        s.name.removeprefix("lightning_attn::")
-        for s in torch._C._jit_get_all_schemas()
-        if "lightning_attn::" in s.name
-    }
-
-
-def test_every_operator_is_checked_here() -> None:
-    """Row 4: an operator that is registered and not in this file fails here."""
-    assert all_raw_ops() == {
-        "attention_forward",
-        "attention_backward",
-        "attention_decode",
-        "gated_rms_norm_forward",
-        "gated_rms_norm_backward",
-    }
-    for name in all_raw_ops():
-        assert torch.Tag.pt2_compliant_tag in getattr(OPS, name).default.tags
-
-
-# ---- row 4: opcheck ---------------------------------------------------------------------------------------
-
-
-@optional
-def test_opcheck_attention_forward(backend: str, dtype: torch.dtype, packed: bool, state: bool) -> None:
-    """Row 4: with and without initial_state, cu_seqlens (int32 and int64) and the returned state."""
-    x = make_inputs(B=2, T=7, H=3, K=5, V=4, dtype=dtype, lengths=(3, 0, 4) if packed else None, state=state)
-    args = x.q, x.k, x.v, x.decay, x.scale, x.initial_state
-    for return_state in (False, True):
-        opcheck(OPS.attention_forward.default, *args, x.cu_seqlens, return_state, backend)
-    if packed:
-        opcheck(OPS.attention_forward.default, *args, x.cu_seqlens.long(), True, backend)
-
-
-@optional
-def test_opcheck_attention_backward(backend: str, dtype: torch.dtype, packed: bool, state: bool) -> None:
-    """Row 4: with and without initial_state, cu_seqlens and the gradient of the state."""
-    x = make_inputs(B=2, T=7, H=3, K=5, V=4, dtype=dtype, lengths=(3, 0, 4) if packed else None, state=state)
-    for dstate in (None, x.dstate):
-        args = x.do, dstate, x.q, x.k, x.v, x.decay, x.scale, x.initial_state, x.cu_seqlens
-        opcheck(OPS.attention_backward.default, *args, backend)
-
-
-@kinds
-@pytest.mark.parametrize("slots", [None, torch.int32, torch.int64], ids=["rows", "int32", "int64"])
-def test_opcheck_attention_decode(backend: str, dtype: torch.dtype, slots: torch.dtype | None) -> None:
-    """Row 4: the one operator that mutates; every dtype of the state; one slot is padding."""
-    x = make_inputs(B=3, T=2, H=2, K=5, V=4, dtype=dtype)
-    rows = None if slots is None else torch.tensor([4, -1, 1], dtype=slots)
-    states = torch.randn(3 if slots is None else 6, 2, 5, 4, generator=torch.Generator().manual_seed(1))
-    for state_dtype in dict.fromkeys((accumulation_dtype(dtype), *_narrow_states(dtype))):
-        args = x.q, x.k, x.v, x.decay, states.to(state_dtype), rows, x.scale, backend
-        opcheck(OPS.attention_decode.default, *args)
-
-
-def _narrow_states(dtype: torch.dtype) -> list[torch.dtype]:
-    return [] if dtype == torch.float64 else [torch.bfloat16]
-
-
-@kinds
-@pytest.mark.parametrize("shape", [(6,), (2, 3, 6), (0, 6)], ids=str)
-def test_opcheck_gated_rms_norm(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Row 4: forward and backward, the weight in x's dtype and in float32."""
-    random = torch.Generator().manual_seed(0)
-    x, gate, dy = (torch.randn(shape, generator=random, dtype=torch.float64).to(dtype) for _ in range(3))
-    for weight_dtype in dict.fromkeys((dtype, torch.float32)):
-        weight = torch.randn(6, generator=random, dtype=torch.float64).to(weight_dtype)
-        opcheck(OPS.gated_rms_norm_forward.default, x, gate, weight, 1e-6, backend)
-        _, rstd = OPS.gated_rms_norm_forward(x, gate, weight, 1e-6, backend)
-        opcheck(OPS.gated_rms_norm_backward.default, dy, x, gate, weight, rstd, backend)
-
-
-@pytest.mark.parametrize("backend, layout", STRIDED)
-def test_opcheck_strided(backend: str, layout: str) -> None:
-    """Rows 4, 10: what a fake says of an output's strides holds for strided inputs, and no output is a view
-    of them."""
-    x = make_inputs(B=2, T=6, H=3, K=5, V=5)
-    q, k, v, do, initial, dstate = (
-        LAYOUTS[layout](t) for t in (x.q, x.k, x.v, x.do, x.initial_state, x.dstate)
-    )
-    opcheck(OPS.attention_forward.default, q, k, v, x.decay, x.scale, initial, None, True, backend)
-    args = do, dstate, q, k, v, x.decay, x.scale, initial, None, backend
-    opcheck(OPS.attention_backward.default, *args)
-    opcheck(OPS.attention_decode.default, q, k, v, x.decay, x.initial_state.clone(), None, x.scale, backend)
-    weight = torch.ones(5)
-    opcheck(OPS.gated_rms_norm_forward.default, q, k, weight, 1e-6, backend)
-    _, rstd = OPS.gated_rms_norm_forward(q, k, weight, 1e-6, backend)
-    opcheck(OPS.gated_rms_norm_backward.default, do, q, k, weight, rstd, backend)
-
-
-@pytest.mark.parametrize("backend", ON_CPU)
-@pytest.mark.parametrize("B, T, lengths", [(2, 0, None), (0, 3, None), (1, 0, ()), (1, 0, (0, 0))], ids=str)
-def test_opcheck_empty(backend: str, B: int, T: int, lengths: tuple[int, ...] | None) -> None:
-    """Rows 4, 11: no tokens, no sequences, no documents, nothing but empty documents."""
-    x = make_inputs(B=B, T=T, H=2, K=3, V=4, lengths=lengths)
-    args = x.q, x.k, x.v, x.decay, x.scale, x.initial_state, x.cu_seqlens
-    opcheck(OPS.attention_forward.default, *args, True, backend)
-    opcheck(OPS.attention_backward.default, x.do, x.dstate, *args, backend)
-    if lengths is None:
-        decode = x.q, x.k, x.v, x.decay, x.initial_state.clone(), None, x.scale, backend
-        opcheck(OPS.attention_decode.default, *decode)
-
-
-# ---- row 5: torch.compile ---------------------------------------------------------------------------------
+pytestmark = pytest.mark.usefixtures("no_compiled_code")
 
 TOKENS = (
     64,

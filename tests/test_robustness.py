@@ -112,6 +112,18 @@ def test_a_slow_decay_keeps_its_rate_over_many_blocks() -> None:
     assert ((state - truth).abs().max() / largest).item() < 4e-6
 
 
+def test_a_slow_decay_keeps_its_rate_over_many_decoded_tokens() -> None:
+    """Row 16: float32 rounds lambda of a rate of 3e-8 by the same amount at every token; it must not add up."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 30_000, 1, 16) for _ in range(3))
+    rate = torch.tensor([3e-8])
+    _, truth = block_form(q.double(), k.double(), v.double(), rate)
+    state = torch.zeros(1, 1, 16, 16)
+    lightning_attention_decode(q, k, v, rate, state, backend="cpu")
+    # 30,000 roundings of the state in either direction: some 173 of half an eps; a bias would reach 4e-4.
+    assert ((state - truth).abs().max() / truth.abs().max()).item() < 2e-5
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v", "initial_state"])
 def test_forward_mode_derivatives_raise(name: str) -> None:
     """Row 3: a derivative that is not there is an error, not a zero."""
