@@ -181,21 +181,12 @@ def test_decode_of_many_heads_on_several_threads_obeys_the_rule(variant, threads
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize(
-    "shape", [(300,), (60, 2), (2, 30, 7), (25, 16), (16, 33), (2, 2, 3, 64), (24, 129)], ids=str
+    "shape", [(300,), (300, 1), (2, 30, 7), (25, 16), (16, 33), (2, 2, 3, 64), (24, 129)], ids=str
 )
 def test_gated_rms_norm_obeys_the_rule(variant, shape, dtype):
     """Rows 1 and 12: y and the gradients of x, gate and weight, for any number of leading dimensions."""
     inputs = make_norm_inputs(shape, dtype)
     check_norm(run_norm(inputs, 0.1, variant), inputs, 0.1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_gated_rms_norm_of_rows_of_one_element_obeys_the_rule(variant, dtype):
-    """Row 12: all but the weight's gradient, a single sum whose error is a matter of luck."""
-    inputs = make_norm_inputs((300, 1), dtype)
-    result = run_norm(inputs, 0.1, variant)
-    assert result.pop("dweight").isfinite().all()
-    check_norm(result, inputs, 0.1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
