@@ -3,6 +3,7 @@
 Every backend module exports the same raw functions: tensors in, tensors out, no autograd, no validation.
 Outputs are contiguous and alias no input.
 
+    unavailable() -> str | None                 # why it can run nothing on this machine
     supports(spec) -> list[str]                 # the reasons why it cannot run the call; empty if it can
     attention_forward(q, k, v, decay, scale, initial_state, cu_seqlens, return_state) -> (o, state or None)
     attention_backward(do, dstate, q, k, v, decay, scale, initial_state, cu_seqlens)
@@ -24,7 +25,6 @@ import torch
 
 from ..dispatch import BACKENDS, Spec
 
-_TITLES = {"triton": "Triton", "cuda": "CUDA"}
 _forked = False
 
 
@@ -46,9 +46,12 @@ def threads() -> int:
 
 def load(name: str) -> ModuleType:
     """The backend module `name`, imported; ImportError says why it is not there."""
-    if name in _TITLES:
-        raise ImportError(f"this version has no {_TITLES[name]} kernels")
-    return importlib.import_module(f"{__name__}.{name}")
+    if name == "cuda":
+        raise ImportError("this version has no CUDA kernels")
+    module = importlib.import_module(f"{__name__}.{name}")
+    if reason := module.unavailable():
+        raise ImportError(reason)
+    return module
 
 
 def supports(name: str, spec: Spec) -> list[str]:

@@ -19,6 +19,7 @@ __all__ = [
     "gated_rms_norm_forward",
     "instruction_set",
     "supports",
+    "unavailable",
 ]
 
 MAX_HEAD_DIM = 256
@@ -35,6 +36,10 @@ _DTYPES = {
 def instruction_set() -> str:
     """The instruction set that the kernels were chosen for on this machine."""
     return _C.instruction_set()
+
+
+def unavailable() -> str | None:
+    return None  # without its extension this module cannot be imported
 
 
 def supports(spec: Spec) -> list[str]:

@@ -71,6 +71,10 @@ def block_form(
     return _per_document(blocks, q, k, v, decay, scale, initial_state, cu_seqlens, upcast=False)
 
 
+def unavailable() -> str | None:
+    return None
+
+
 def supports(spec: Spec) -> list[str]:
     return []
 

@@ -1,0 +1,108 @@
+"""Triton kernels for NVIDIA and AMD GPUs; on CPU tensors in Triton's interpreter, for checking them without a GPU.
+
+float32 (products in IEEE float32, not TF32), bfloat16 and float16, head dims 1 to 256, float32 accumulation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+except ImportError as error:
+    raise ImportError("Triton is not installed (it comes with the extra `gpu`)") from error
+
+from ...dispatch import Spec, accumulation_dtype
+from . import attention
+from .config import device_arch
+from .launch import run_all
+
+__all__ = [
+    "attention_backward",
+    "attention_decode",
+    "attention_forward",
+    "gated_rms_norm_backward",
+    "gated_rms_norm_forward",
+    "supports",
+    "unavailable",
+]
+
+MAX_HEAD_DIM = 256
+MAX_NORM_DIM = 16384
+INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were decorated
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unavailable() -> str | None:
+    """Why no call can run here, or None."""
+    if INTERPRETED or torch.cuda.is_available():
+        return None
+    return "it needs a CUDA or ROCm device (with TRITON_INTERPRET=1 Triton's interpreter runs it on CPU tensors)"
+
+
+def supports(spec: Spec) -> list[str]:
+    """The reasons why these kernels cannot take `spec`; none: they can."""
+    reasons = []
+    if spec.device != "cuda" and not (spec.device == "cpu" and INTERPRETED):
+        interpreter = " (on CPU tensors only with TRITON_INTERPRET=1)" if spec.device == "cpu" else ""
+        reasons.append(f"it runs on CUDA tensors, not on {spec.device}{interpreter}")
+    if spec.dtype not in _DTYPES:
+        reasons.append(f"it takes float32, bfloat16 or float16, not {spec.dtype}")
+    elif INTERPRETED and spec.dtype == torch.bfloat16:
+        reasons.append("Triton's interpreter gets products of bfloat16 wrong")
+    if spec.op.startswith("attention"):
+        for name, dim in (("K", spec.K), ("V", spec.V)):
+            if not 1 <= dim <= MAX_HEAD_DIM:
+                reasons.append(f"it takes {name} from 1 to {MAX_HEAD_DIM}, not {dim}")
+    elif spec.K > MAX_NORM_DIM:
+        reasons.append(f"it takes a last dimension of at most {MAX_NORM_DIM}, not {spec.K}")
+    return reasons
+
+
+def _call(q: Tensor, decay: Tensor, scale: float, cu_seqlens: Tensor | None) -> attention.Call:
+    B, T, H, _ = q.shape
+    return attention.Call(decay, scale, cu_seqlens, (B, T, H), device_arch(q.device))
+
+
+def _new_state(q: Tensor, v: Tensor, call: attention.Call) -> Tensor:
+    size = (call.sequences, q.shape[2], q.shape[3], v.shape[3])
+    return q.new_empty(size, dtype=accumulation_dtype(q.dtype))
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    return_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    call = _call(q, decay, scale, cu_seqlens)
+    o = v.new_empty(v.shape)
+    state = _new_state(q, v, call) if return_state else None
+    run_all(attention.forward(q, k, v, o, initial_state, state, call), q.device)
+    return o, state
+
+
+def attention_backward(
+    do: Tensor,
+    dstate: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    call = _call(q, decay, scale, cu_seqlens)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dinitial = None if initial_state is None else _new_state(q, v, call)
+    run_all(
+        attention.backward(q, k, v, do, dq, dk, dv, initial_state, dstate, dinitial, call), q.device
+    )
+    return dq, dk, dv, dinitial

@@ -1,0 +1,216 @@
+"""The launches of the attention, from the tensors of a call: which kernels, on which programs, moving how much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import config
+from .chunk import chunk_kernel
+from .chunk_backward import chunk_backward_kernel, chunk_backward_split_kernel
+from .chunk_state import chunk_state_kernel
+from .config import Arch, Segments, Tiles
+from .launch import Launch, operand, state
+from .scan import scan_kernel
+
+SCAN_BLOCK = 1024  # elements of a state
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all sweeps of a call have in common. `shape` is B, T, H."""
+
+    decay: Tensor
+    scale: float
+    cu_seqlens: Tensor | None
+    shape: tuple[int, int, int]
+    arch: Arch
+
+    @property
+    def sequences(self) -> int:
+        return self.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def cut(self, columns: int, state_size: int, bytes_per_token: int, tiles: Tiles) -> Segments:
+        """The segments of each chain (a sequence, or all packed ones) for sweeps of so many programs a head."""
+        B, T, H = self.shape
+        # A segment's state is written, scanned (read and written) and read.
+        state_tokens = 4 * 4 * state_size // bytes_per_token
+        documents = 1 if self.cu_seqlens is None else self.sequences
+        return config.segments(B * H * columns, T, documents, state_tokens, tiles, self.arch)
+
+    def pieces(self, cut: Segments) -> int:
+        """Of sequences, cut in segments; see `primitives`."""
+        if self.cu_seqlens is None:
+            return self.shape[0] * cut.count
+        return self.sequences + cut.count - 1 if self.sequences else 0
+
+    def arguments(self, cut: Segments, programs: int) -> dict:
+        return {
+            "decay": self.decay,
+            "cu_seqlens": self.cu_seqlens,
+            "scale": float(self.scale),
+            "programs": programs,
+            "tokens": self.shape[1],
+            "heads": self.shape[2],
+            "sequences": self.sequences,
+            "segments": cut.count,
+            "length": cut.length,
+        }
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep of `chunk_kernel` in one direction of time: its operands, and the states at its two ends."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    initial: tuple | None
+    final: tuple | None
+    reverse: bool
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, initial: Tensor | None, final: Tensor | None, call: Call
+) -> list[Launch]:
+    return _sweep(Sweep(q, k, v, o, state(initial), state(final), reverse=False), call)
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    initial: Tensor | None,
+    dstate: Tensor | None,
+    dinitial: Tensor | None,
+    call: Call,
+) -> list[Launch]:
+    launches = _sweep(Sweep(do, v, k, dq, state(initial, transposed=True), None, reverse=False), call)
+    K, V = q.shape[3], v.shape[3]
+    B, T, H = call.shape
+    size = q.element_size()
+    tiles = config.chunk_backward(K, V, q.dtype, call.arch)
+    whole = tiles.key >= K and tiles.value >= V  # a program holds a whole state, and there is but one a head
+    columns_k, columns_v = (0, 1) if whole else (-(-K // tiles.key), -(-V // tiles.value))
+    cut = call.cut(columns_k + columns_v, K * V, 3 * (K + V) * size, tiles)
+    before, entering = _entering(q, do, state(dstate), True, cut, call)
+    programs = call.pieces(cut) * H * (columns_k + columns_v)
+    arguments = {
+        **{name: operand(x) for name, x in dict(q=q, k=k, v=v, do=do, dk=dk, dv=dv).items()},
+        "dstate": state(dstate),
+        "entering": state(entering),
+        "dinitial": state(dinitial),
+        **call.arguments(cut, programs),
+    }
+    constants = {"K": K, "V": V, "BLOCK": tiles.block}
+    tokens = B * T * H
+    bytes = tokens * 3 * (K + V) * size + _state_bytes(dstate, entering, dinitial)
+    key, value, block = config.power_of_two(K), config.power_of_two(V), tiles.block
+    if whole:
+        constants |= {"BLOCK_K": tiles.key, "BLOCK_V": tiles.value}
+        flops = tokens * (4 * block * (key + value) + 6 * key * value)
+        main = Launch(chunk_backward_kernel, programs, arguments, constants, tiles, bytes, 0, flops)
+    else:
+        arguments |= {
+            "dstate_t": state(dstate, transposed=True),
+            "entering_t": state(entering, transposed=True),
+        }
+        constants |= {"BLOCK_K": key, "BLOCK_V": value, "TILE": tiles.value}
+        flops_v = columns_v * (2 * block * (key + tiles.value) + 4 * key * tiles.value)
+        flops_k = columns_k * (2 * block * (value + tiles.key) + 4 * value * tiles.key)
+        # Each program of dv reads k, q and its part of do, each of dk v, do and its part of q.
+        again = tokens * size * (columns_v * 2 * K + V + columns_k * 2 * V + K - 2 * (K + V))
+        main = Launch(
+            chunk_backward_split_kernel, programs, arguments, constants, tiles,
+            bytes, again, tokens * (flops_k + flops_v),
+        )  # fmt: skip
+    return [*launches, *before, main]
+
+
+def _sweep(x: Sweep, call: Call) -> list[Launch]:
+    B, T, H = call.shape
+    K, V = x.k.shape[3], x.v.shape[3]
+    tiles = config.chunk(K, V, x.k.dtype, call.arch)
+    columns = -(-V // tiles.value)
+    size = x.k.element_size()
+    cut = call.cut(columns, K * V, (2 * K + 2 * V) * size, tiles)
+    before, entering = _entering(x.k, x.v, x.initial, x.reverse, cut, call)
+    programs = call.pieces(cut) * H * columns
+    tokens = B * T * H
+    main = Launch(
+        chunk_kernel,
+        programs,
+        {
+            **{name: operand(t) for name, t in dict(q=x.q, k=x.k, v=x.v, o=x.o).items()},
+            "initial": x.initial,
+            "entering": state(entering),
+            "final": x.final,
+            **call.arguments(cut, programs),
+        },
+        {"K": K, "V": V, **_blocks(tiles), "REVERSE": x.reverse},
+        tiles,
+        bytes=tokens * 2 * (K + V) * size + _state_bytes(x.initial, entering, x.final),
+        again=tokens * 2 * K * size * (columns - 1),
+        flops=tokens * columns * (2 * tiles.block * (tiles.key + tiles.value) + 4 * tiles.key * tiles.value),
+    )
+    return [*before, main]
+
+
+def _entering(
+    k: Tensor, v: Tensor, initial: tuple | None, reverse: bool, cut: Segments, call: Call
+) -> tuple[list[Launch], Tensor | None]:
+    """The states that enter the segments, and the two launches that make them; none for a chain of one segment."""
+    if cut.count == 1:
+        return [], None
+    B, T, H = call.shape
+    K, V = k.shape[3], v.shape[3]
+    tiles = config.chunk_states(K, V, k.dtype, call.arch)
+    columns = -(-V // tiles.value)
+    entering = k.new_empty((B * cut.count, H, K, V), dtype=torch.float32)
+    written = B * (cut.count - 1) * H * K * V * 4
+    programs = B * (cut.count - 1) * H * columns
+    tokens = B * min(T, (cut.count - 1) * cut.length) * H
+    states = Launch(
+        chunk_state_kernel,
+        programs,
+        {
+            "k": operand(k),
+            "v": operand(v),
+            "initial": initial,
+            "entering": state(entering),
+            **call.arguments(cut, programs),
+        },
+        {"K": K, "V": V, **_blocks(tiles), "REVERSE": reverse},
+        tiles,
+        bytes=tokens * (K + V) * k.element_size() + _state_bytes(initial) + written,
+        again=tokens * K * k.element_size() * (columns - 1),
+        flops=tokens * columns * 2 * tiles.key * tiles.value,
+    )
+    scan_programs = B * H * -(-K * V // SCAN_BLOCK)
+    arguments = call.arguments(cut, scan_programs)
+    del arguments["scale"]
+    scan = Launch(
+        scan_kernel,
+        scan_programs,
+        {"entering": entering, **arguments},
+        {"SIZE": K * V, "BLOCK": SCAN_BLOCK, "REVERSE": reverse},
+        Tiles(SCAN_BLOCK, 0, 0, warps=4, stages=2),
+        bytes=2 * written,
+        flops=B * (cut.count - 1) * H * K * V * 3,
+    )
+    return [states, scan], entering
+
+
+def _blocks(tiles: Tiles) -> dict[str, int]:
+    return {"BLOCK": tiles.block, "BLOCK_K": tiles.key, "BLOCK_V": tiles.value}
+
+
+def _state_bytes(*states: Tensor | tuple | None) -> int:
+    return sum((x if isinstance(x, Tensor) else x[0]).nbytes for x in states if x is not None)
