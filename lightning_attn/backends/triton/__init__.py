@@ -14,7 +14,7 @@ except ImportError as error:
     raise ImportError("Triton is not installed (it comes with the extra `gpu`)") from error
 
 from ...dispatch import Spec, accumulation_dtype
-from . import attention
+from . import attention, decode, gated_rms_norm
 from .config import device_arch
 from .launch import run_all
 
@@ -106,3 +106,28 @@ def attention_backward(
         attention.backward(q, k, v, do, dq, dk, dv, initial_state, dstate, dinitial, call), q.device
     )
     return dq, dk, dv, dinitial
+
+
+def attention_decode(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, slots: Tensor | None, scale: float
+) -> Tensor:
+    o = v.new_empty(v.shape)
+    run_all(decode.launches(q, k, v, o, decay, state, slots, scale, device_arch(q.device)), q.device)
+    return o
+
+
+def gated_rms_norm_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape)
+    rstd = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x.dtype))
+    run_all(gated_rms_norm.forward(x, gate, weight, y, rstd, eps, device_arch(x.device)), x.device)
+    return y, rstd
+
+
+def gated_rms_norm_backward(
+    dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dgate, dweight = x.new_empty(x.shape), x.new_empty(x.shape), weight.new_empty(weight.shape)
+    run_all(
+        gated_rms_norm.backward(dy, x, gate, weight, rstd, dx, dgate, dweight, device_arch(x.device)), x.device
+    )
+    return dx, dgate, dweight

@@ -96,9 +96,9 @@ def backward(
     K, V = q.shape[3], v.shape[3]
     B, T, H = call.shape
     size = q.element_size()
-    tiles = config.chunk_backward(K, V, q.dtype, call.arch)
-    whole = tiles.key >= K and tiles.value >= V  # a program holds a whole state, and there is but one a head
-    columns_k, columns_v = (0, 1) if whole else (-(-K // tiles.key), -(-V // tiles.value))
+    whole = config.chunk_backward(K, V, q.dtype, call.arch)
+    tiles = whole or config.chunk_backward_split(K, V, q.dtype, call.arch)
+    columns_k, columns_v = (0, 1) if whole else (-(-K // tiles.value), -(-V // tiles.value))
     cut = call.cut(columns_k + columns_v, K * V, 3 * (K + V) * size, tiles)
     before, entering = _entering(q, do, state(dstate), True, cut, call)
     programs = call.pieces(cut) * H * (columns_k + columns_v)
@@ -114,7 +114,7 @@ def backward(
     bytes = tokens * 3 * (K + V) * size + _state_bytes(dstate, entering, dinitial)
     key, value, block = config.power_of_two(K), config.power_of_two(V), tiles.block
     if whole:
-        constants |= {"BLOCK_K": tiles.key, "BLOCK_V": tiles.value}
+        constants |= {"BLOCK_K": key, "BLOCK_V": value}
         flops = tokens * (4 * block * (key + value) + 6 * key * value)
         main = Launch(chunk_backward_kernel, programs, arguments, constants, tiles, bytes, 0, flops)
     else:
@@ -124,7 +124,7 @@ def backward(
         }
         constants |= {"BLOCK_K": key, "BLOCK_V": value, "TILE": tiles.value}
         flops_v = columns_v * (2 * block * (key + tiles.value) + 4 * key * tiles.value)
-        flops_k = columns_k * (2 * block * (value + tiles.key) + 4 * value * tiles.key)
+        flops_k = columns_k * (2 * block * (value + tiles.value) + 4 * value * tiles.value)
         # Each program of dv reads k, q and its part of do, each of dk v, do and its part of q.
         again = tokens * size * (columns_v * 2 * K + V + columns_k * 2 * V + K - 2 * (K + V))
         main = Launch(
@@ -171,7 +171,7 @@ def _entering(
         return [], None
     B, T, H = call.shape
     K, V = k.shape[3], v.shape[3]
-    tiles = config.chunk_states(K, V, k.dtype, call.arch)
+    tiles = config.chunk_state(K, V, k.dtype, call.arch)
     columns = -(-V // tiles.value)
     entering = k.new_empty((B * cut.count, H, K, V), dtype=torch.float32)
     written = B * (cut.count - 1) * H * K * V * 4

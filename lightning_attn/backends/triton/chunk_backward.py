@@ -106,8 +106,8 @@ def chunk_backward_split_kernel(
     index = program_index()
     if index >= programs:
         return
-    tiles_k: tl.constexpr = tl.cdiv(K, TILE)
-    tiles_v: tl.constexpr = tl.cdiv(V, TILE)
+    tiles_k: tl.constexpr = (K + TILE - 1) // TILE
+    tiles_v: tl.constexpr = (V + TILE - 1) // TILE
     tile = (index % (tiles_k + tiles_v)).to(tl.int32)
     head = (index // (tiles_k + tiles_v) % heads).to(tl.int32)
     unit = (index // (tiles_k + tiles_v) // heads).to(tl.int32)

@@ -15,13 +15,22 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Arch:
-    """`shared` is the shared memory in bytes that one program may use, `processors` how many programs run side by
-    side when each takes a whole multiprocessor (compute unit).
+    """`shared` is the shared memory in bytes that one program may use, `processors` how many multiprocessors (compute
+    units) there are.
     """
 
     name: str
     shared: int
     processors: int
+
+    @property
+    def matrix(self) -> str:
+        """How products of tiles are made: see the tables below."""
+        if self.name.startswith("gfx"):
+            return "mfma"
+        if not self.name.startswith("sm_"):
+            return "host"
+        return "wgmma" if 90 <= int(self.name.removeprefix("sm_")) < 120 else "mma"
 
 
 ARCHS = {
@@ -36,6 +45,7 @@ ARCHS = {
         Arch("gfx942", 64 * KIB, 304),
     )
 }
+INTERPRETER = Arch("interpreter", 1 << 40, 1)
 
 
 @dataclass(frozen=True)
@@ -54,24 +64,94 @@ def power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+# ---- attention ---------------------------------------------------------------------------------------------------
+#
+# A program keeps a state tile [key, value], outputs [block, value] and decays [block, block] in float32 registers: 255 of
+# them a thread on NVIDIA, 512 on AMD. The tiles below are the largest that the compiler fits in without spilling
+# (`python -m benchmarks.compile_report`): the wider the tile, the fewer programs read the same rows again.
+#
+#   wgmma     Hopper and datacentre Blackwell multiply from shared memory, 64 rows at a time or more: blocks of 64.
+#   mma       Ampere, Ada and consumer Blackwell multiply from registers: blocks of 32, of 16 where the state is large.
+#   mfma      AMD: four warps of 64 threads have the lanes of eight elsewhere, and twice the registers.
+#   float32   Products are scalar multiply-adds, whose operands all pass through registers: blocks of 16.
+#   host      The interpreter has no registers: few large programs.
+#
+# By the larger of K and V, rounded up to a power of two: tokens of a block, columns of a state tile, warps, stages.
+
+_SWEEP = {
+    "wgmma": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (64, 32, 8, 2)},
+    "mma": {64: (32, 64, 8, 3), 128: (32, 64, 8, 3), 256: (16, 32, 8, 2)},
+    "mfma": {64: (32, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 4, 2)},
+    "float32": {64: (16, 64, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 16, 1)},
+    "mfma float32": {64: (16, 64, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
+    "host": {64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (64, 128, 4, 1)},
+}
+_STATE = {
+    "wgmma": {64: (64, 64, 4, 3), 128: (64, 128, 8, 3), 256: (64, 64, 8, 2)},
+    "mma": {64: (32, 64, 8, 3), 128: (32, 64, 8, 3), 256: (32, 32, 8, 2)},
+    "mfma": {64: (32, 64, 4, 2), 128: (32, 128, 4, 2), 256: (32, 64, 4, 2)},
+    "float32": {64: (16, 64, 8, 2), 128: (16, 64, 8, 2), 256: (16, 32, 8, 2)},
+    "mfma float32": {64: (16, 64, 8, 2), 128: (16, 64, 8, 2), 256: (16, 32, 8, 2)},
+    "host": {64: (64, 64, 4, 1), 128: (64, 128, 4, 1), 256: (64, 256, 4, 1)},
+}
+# Where one program holds a whole state and makes dk and dv; beyond 64, and in float32, it would spill.
+_BACKWARD_WHOLE = {
+    "wgmma": {64: (64, 64, 8, 2)},
+    "mma": {64: (32, 64, 8, 2)},
+    "mfma": {64: (32, 64, 4, 2)},
+    "float32": {},
+    "mfma float32": {},
+    "host": {64: (64, 64, 4, 1)},
+}
+_BACKWARD_SPLIT = {
+    "wgmma": {128: (64, 64, 8, 3), 256: (64, 32, 8, 2)},
+    "mma": {128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
+    "mfma": {128: (32, 64, 4, 2), 256: (32, 32, 4, 2)},
+    "float32": {64: (16, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
+    "mfma float32": {64: (16, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 1)},
+    "host": {128: (64, 64, 4, 1), 256: (64, 128, 4, 1)},
+}
+
+
+def _pick(table: dict, K: int, V: int, dtype: torch.dtype, arch: Arch) -> Tiles | None:
+    kind = arch.matrix
+    if dtype == torch.float32 and kind != "host":
+        kind = "mfma float32" if kind == "mfma" else "float32"
+    key, value = power_of_two(K), power_of_two(V)
+    side = max(64, key, value)
+    if side not in table[kind]:
+        return None
+    block, width, warps, stages = table[kind][side]
+    return Tiles(block, key, min(value, width), warps, stages)
+
+
 @functools.lru_cache(maxsize=1024)
 def chunk(K: int, V: int, dtype: torch.dtype, arch: Arch) -> Tiles:
     """Of `chunk_kernel`."""
-    key, value = power_of_two(K), power_of_two(V)
-    if dtype == torch.float32:
-        return Tiles(16, key, min(value, 32 if key <= 128 else 16), 8, 1)
-    return Tiles(64, key, min(value, 64 if key <= 128 else 32), 8, 2)
+    return _known(_pick(_SWEEP, K, V, dtype, arch))
 
 
 @functools.lru_cache(maxsize=1024)
-def chunk_backward(K: int, V: int, dtype: torch.dtype, arch: Arch) -> Tiles:
-    """Of `chunk_backward_kernel`, if it holds a whole state, else of `chunk_backward_split_kernel`."""
-    key, value = power_of_two(K), power_of_two(V)
-    if dtype == torch.float32:
-        return Tiles(16, 16, 16, 8, 1)
-    if key * value <= 64 * 64:
-        return Tiles(64, key, value, 8, 2)
-    return Tiles(64, 64, 64, 8, 2) if max(key, value) <= 128 else Tiles(64, 32, 32, 8, 2)
+def chunk_state(K: int, V: int, dtype: torch.dtype, arch: Arch) -> Tiles:
+    """Of `chunk_state_kernel`."""
+    return _known(_pick(_STATE, K, V, dtype, arch))
+
+
+@functools.lru_cache(maxsize=1024)
+def chunk_backward(K: int, V: int, dtype: torch.dtype, arch: Arch) -> Tiles | None:
+    """Of `chunk_backward_kernel`; None where no program can hold a whole state."""
+    return _pick(_BACKWARD_WHOLE, K, V, dtype, arch)
+
+
+@functools.lru_cache(maxsize=1024)
+def chunk_backward_split(K: int, V: int, dtype: torch.dtype, arch: Arch) -> Tiles:
+    """Of `chunk_backward_split_kernel`; `value` is the width of the tiles of both K and V."""
+    return _known(_pick(_BACKWARD_SPLIT, K, max(K, V), dtype, arch))
+
+
+def _known(tiles: Tiles | None) -> Tiles:
+    assert tiles is not None, "every side up to 256 has a row in the table"
+    return tiles
 
 
 @dataclass(frozen=True)
@@ -80,11 +160,6 @@ class Segments:
 
     count: int
     length: int
-
-
-def chunk_states(K: int, V: int, dtype: torch.dtype, arch: Arch) -> Tiles:
-    """Of `chunk_kernel` where it only carries the state on."""
-    return chunk(K, V, dtype, arch)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -120,10 +195,54 @@ def segments(
 def device_arch(device: torch.device) -> Arch:
     """The architecture of a device, with the number of processors that it really has."""
     if device.type != "cuda":
-        return ARCHS["sm_90"]  # in the interpreter
+        return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         name = properties.gcnArchName.split(":")[0]
         return Arch(name, 64 * KIB, properties.multi_processor_count)
     name = f"sm_{properties.major}{properties.minor}"
     return Arch(name, properties.shared_memory_per_block_optin, properties.multi_processor_count)
+
+
+@functools.lru_cache(maxsize=1024)
+def decode(K: int, V: int, state_size: int, arch: Arch) -> Tiles:
+    """Of `decode_kernel`, on a state of elements of `state_size` bytes.
+
+    A program has 16 KiB of the state in flight, in accesses of 16 bytes, and a few programs on a processor are what it
+    takes to keep the memory busy. A narrower tile makes more programs, but rows of less than 64 bytes waste sectors.
+    With 4 warps of at most 64 elements a thread no more than half of the registers hold the state.
+    """
+    key = power_of_two(K)
+    value = min(power_of_two(V), max(16 * KIB // state_size // key, 32))
+    return Tiles(0, key, value, min(4, max(1, key * value // 1024)), 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def norm(D: int, arch: Arch) -> Tiles:
+    """Rows, and columns, of `gated_rms_norm_forward_kernel`: whole rows, at least 2048 elements of each operand.
+
+    With 16 elements a thread it has two loads of 16 bytes of each 16-bit operand in flight. A row of 16384 gets 32 a
+    thread, as more than 16 warps leave a thread too few registers.
+    """
+    columns = 1 << (D - 1).bit_length()
+    rows = max(1, 2048 // columns)
+    return Tiles(rows, 0, columns, min(16, max(4, rows * columns // 512)), 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def norm_backward(D: int, arch: Arch) -> Tiles:
+    """Of `gated_rms_norm_backward_kernel`."""
+    columns = 1 << (D - 1).bit_length()
+    rows = max(1, 2048 // columns)
+    return Tiles(rows, 0, columns, min(16, max(4, rows * columns // 512)), 1)
+
+
+def norm_share(rows: int, tiles: Tiles, arch: Arch) -> int:
+    """How many rows a program of `gated_rms_norm_backward_kernel` takes: a multiple of those it holds at a time."""
+    programs = arch.processors * max(1, 16 // tiles.warps)
+    return max(1, -(-rows // (programs * tiles.block))) * tiles.block
+
+
+def norm_dweight() -> Tiles:
+    """Partial sums at a time, and columns, of `gated_rms_norm_dweight_kernel`."""
+    return Tiles(256, 0, 16, 4, 1)
