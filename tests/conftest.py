@@ -1,9 +1,10 @@
-"""Fixtures: a backend, a variant of one (a backend and, on the CPU, an instruction set), a clean process state, no
-compiled code where a test asks for that, and a command line with small cases."""
+"""Fixtures: a backend, a variant of one (a backend and, on the CPU, an instruction set), a backend that is not here, a
+clean process state, no compiled code where a test asks for that, and a command line with small cases."""
 
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # Before torch. Idle threads leave the cores to other work; MKL, with which plain PyTorch computes the baselines, gives
 # the same bits wherever the memory lies.
@@ -13,7 +14,12 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from support import BACKENDS
+
+# Before Triton, whose interpreter then runs its kernels on CPU tensors. To count devices does not initialise CUDA.
+if not torch.cuda.device_count():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from support import ABSENT, BACKENDS, DTYPES, INTERPRETED, ON_CPU, dtypes_of
 
 settings.register_profile(
     "repeatable",
@@ -24,6 +30,33 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what says nothing of a backend: a dtype that it does not take, and another number of threads if it
+    has none of its own.
+    """
+    fewest: dict[object, int] = {}  # of each test that takes numbers of threads
+    for item in items:
+        if threads := _parameters(item).get("threads"):
+            fewest[item.function] = min(threads, fewest.get(item.function, threads))
+
+    def idle(item: pytest.Item) -> bool:
+        parameters = _parameters(item)
+        backend = parameters.get("variant", parameters.get("backend"))
+        if backend not in BACKENDS:
+            return False
+        if (dtype := parameters.get("dtype")) in DTYPES and dtype not in dtypes_of(backend):
+            return True
+        return backend not in ON_CPU and parameters.get("threads", 0) > fewest.get(item.function, 0)
+
+    left_out = [item for item in items if idle(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 def _variants() -> list[str]:
@@ -58,6 +91,18 @@ def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.use_instruction_set(instruction_set)
     yield backend
     _C.use_instruction_set(best)
+
+
+@pytest.fixture(params=ABSENT)
+def absent(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a backend that is not here; the one that only the interpreter runs is as it is without."""
+    from lightning_attn import backends, ops
+
+    if request.param in INTERPRETED:
+        monkeypatch.setattr(backends.load(request.param), "INTERPRETED", False)
+    ops._resolve.cache_clear()
+    yield request.param
+    ops._resolve.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,12 @@ that of plain PyTorch in the same dtype, plus the epsilon of the output's dtype.
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +19,12 @@ from torch import Tensor
 
 from lightning_attn import available_backends, gated_rms_norm, lightning_attention
 from lightning_attn.backends import reference, supports
+from lightning_attn.dispatch import BACKENDS as KNOWN
 from lightning_attn.dispatch import Spec, accumulation_dtype
 
+T = TypeVar("T")
+
 BACKENDS = [name for name, status in available_backends().items() if status == "ok"]
-ON_CPU = [name for name in BACKENDS if name in ("reference", "cpu")]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HALF = [torch.bfloat16, torch.float16]
 RATES = (0.03, 0.0, 2.0, 0.4, 30.0)  # of the heads of a test, in turn
@@ -31,6 +35,26 @@ def device_of(backend: str) -> str:
     return "cuda" if backend == "cuda" or (backend == "triton" and torch.cuda.is_available()) else "cpu"
 
 
+# Backends on CPU tensors: all, those that are made for them, and the one that Triton's interpreter runs on them.
+HERE = [name for name in BACKENDS if device_of(name) == "cpu"]
+ON_CPU = [name for name in HERE if name != "triton"]
+INTERPRETED = [name for name in HERE if name == "triton"]
+COMPILED = [name for name in BACKENDS if name not in INTERPRETED]
+# Those that a process without the interpreter has not.
+ABSENT = [name for name in KNOWN if name not in COMPILED]
+
+
+def affordable(backend: str, usual: T, interpreted: T) -> T:
+    """A size or a number of times; in the interpreter, which takes milliseconds for a row and head, another one."""
+    return interpreted if backend in INTERPRETED else usual
+
+
+def plain_environment() -> dict[str, str]:
+    """The environment of a process that runs nothing in Triton's interpreter."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+@functools.cache
 def dtypes_of(backend: str) -> list[torch.dtype]:
     """The dtypes that a backend says it takes."""
 

@@ -5,7 +5,7 @@ Within autocast a call is the call on inputs cast by hand, bit by bit; so are it
 
 import pytest
 import torch
-from support import HALF, ON_CPU, Inputs, assert_same_bits, dtype_id, make_inputs
+from support import HALF, HERE, ON_CPU, Inputs, assert_same_bits, dtype_id, make_inputs
 from torch import Tensor
 
 from lightning_attn import (
@@ -20,7 +20,7 @@ from lightning_attn import (
 Leaves = tuple[Tensor, Tensor, Tensor, Tensor]
 
 half = pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
-on_cpu = pytest.mark.parametrize("backend", ON_CPU)
+here = pytest.mark.parametrize("backend", HERE)
 inputs_dtype = pytest.mark.parametrize("given", [torch.float32, *HALF], ids=lambda d: f"from-{dtype_id(d)}")
 
 
@@ -42,7 +42,7 @@ def attend(
     )
 
 
-@on_cpu
+@here
 @half
 @inputs_dtype
 @pytest.mark.parametrize("inside", [True, False], ids=["backward-inside", "backward-outside"])
@@ -69,7 +69,7 @@ def test_attention(backend: str, dtype: torch.dtype, given: torch.dtype, inside:
         assert_same_bits(a, b.to(a.dtype), "gradient")
 
 
-@on_cpu
+@here
 @half
 def test_decay_is_not_rounded(backend: str, dtype: torch.dtype) -> None:
     """Row 20: a decay that a 16-bit dtype would round is used as it is: what is left of the first of 4,000
@@ -87,7 +87,7 @@ def test_decay_is_not_rounded(backend: str, dtype: torch.dtype) -> None:
     assert abs(state.item() / exact.item() - 1) < eps
 
 
-@on_cpu
+@pytest.mark.parametrize("backend", ON_CPU)
 @half
 def test_float64_is_left_alone(backend: str, dtype: torch.dtype) -> None:
     """Row 20: as PyTorch's own operators do, autocast does not touch float64."""
@@ -104,7 +104,7 @@ def test_float64_is_left_alone(backend: str, dtype: torch.dtype) -> None:
     assert_same_bits(o, attend(x, *leaves, backend)[0], "o")
 
 
-@on_cpu
+@here
 @half
 def test_mixed_inputs(backend: str, dtype: torch.dtype) -> None:
     """Row 20: inputs of several dtypes, an error elsewhere, are cast to one. Autocast switched off again is
@@ -123,7 +123,7 @@ def test_mixed_inputs(backend: str, dtype: torch.dtype) -> None:
                 lightning_attention(q, k, v, x.decay, backend=backend)
 
 
-@on_cpu
+@here
 @half
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=lambda d: f"state-{dtype_id(d)}")
 def test_decode(backend: str, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
@@ -140,7 +140,7 @@ def test_decode(backend: str, dtype: torch.dtype, state_dtype: torch.dtype) -> N
     assert not torch.equal(states[0], x.initial_state.to(state_dtype))
 
 
-@on_cpu
+@here
 @half
 @inputs_dtype
 def test_gated_rms_norm(backend: str, dtype: torch.dtype, given: torch.dtype) -> None:
@@ -162,7 +162,7 @@ def test_gated_rms_norm(backend: str, dtype: torch.dtype, given: torch.dtype) ->
         assert_same_bits(a, b.to(a.dtype), "gradient")
 
 
-@on_cpu
+@here
 @half
 @pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
 def test_module(backend: str, dtype: torch.dtype, masked: bool) -> None:

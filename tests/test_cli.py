@@ -12,16 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from cli_support import F32, SMALL, check_module, machine_module, needs_cpu, off, run, spoil
-from support import BACKENDS, ON_CPU
+from cli_support import BF16, F32, SMALL, check_module, machine_module, needs_cpu, off, run, spoil
+from support import BACKENDS, HERE, dtype_id, dtypes_of
 from torch import Tensor
 
 import lightning_attn
-from lightning_attn import available_backends, backends
+from lightning_attn import available_backends, backends, ops
 from lightning_attn.cli.accuracy import Judge, Verdict
+from lightning_attn.cli.cases import Case
+from lightning_attn.dispatch import Spec
 
 ROOT = Path(__file__).resolve().parent.parent
-ABSENT = [name for name, reason in available_backends().items() if reason != "ok"]
 
 # ---- info -------------------------------------------------------------------------------------------------
 
@@ -33,6 +34,13 @@ def test_info() -> None:
     for name, reason in available_backends().items():
         assert re.search(rf"{name}\s+{re.escape(reason)}", result.output)
     assert torch.__version__ in result.output and lightning_attn.__version__ in result.output
+
+
+def test_info_of_what_is_absent(absent: str) -> None:
+    """The reason, in full."""
+    result = run("info")
+    assert result.exit_code == 0
+    assert re.search(rf"{absent}\s+{re.escape(available_backends()[absent])}", result.output)
 
 
 def test_info_json() -> None:
@@ -62,17 +70,17 @@ def test_check_is_green(tmp_path: Path) -> None:
     assert all(row["ok"] and row["raised"] is None and row["error"] <= row["allowed"] for row in rows)
     found = {(row["backend"], row["op"], row["dtype"]) for row in rows}
     assert found == {
-        (backend, op, dtype)
+        (backend, op, dtype_id(dtype))
         for backend in BACKENDS
         for op in ("attention", "decode", "gated_rms_norm", "module")
-        for dtype in ("float64", "float32", "bfloat16", "float16")
+        for dtype in dtypes_of(backend)
     }
     outputs = {row["output"] for row in rows if row["op"] == "attention"}
     assert outputs == {"o", "state", "dq", "dk", "dv", "dinitial_state"}
     assert "FAIL" not in result.output and f"{len(rows)} of {len(rows)} outputs pass" in result.output
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("backend", HERE)
 def test_check_of_one_backend(backend: str, small: None, tmp_path: Path) -> None:
     """--backend judges that backend and no other; every row says what was judged."""
     path = tmp_path / "new" / "check.json"
@@ -83,6 +91,43 @@ def test_check_of_one_backend(backend: str, small: None, tmp_path: Path) -> None
     keys = {"backend", "op", "dtype", "shape", "output", "error", "allowed", "raised", "ok"}
     assert all(set(row) == keys for row in rows)
     assert next(row["shape"] for row in rows if row["op"] == "decode") == SMALL[2].shape
+
+
+@needs_cpu
+def test_check_leaves_out_what_a_backend_does_not_take(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither passed nor failed: counted, with the reason; a check that is left with nothing has failed."""
+
+    def choosy(spec: Spec) -> list[str]:
+        return ["it is picky"] if spec.dtype == BF16 else []
+
+    monkeypatch.setattr(backends.load("cpu"), "supports", choosy)
+    path = tmp_path / "check.json"
+    result = run("check", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    rows = json.loads(path.read_text())
+    assert {row["dtype"] for row in rows if row["backend"] == "cpu"} == {"float32"}
+    assert {row["dtype"] for row in rows if row["backend"] == "reference"} == {"float32", "bfloat16"}
+    count = sum(case.dtype == BF16 for case in SMALL)
+    assert f"cpu: {count} of {len(SMALL)} cases left out: it is picky" in result.output
+
+    monkeypatch.setattr(check_module, "check_cases", lambda: iter(c for c in SMALL if c.dtype == BF16))
+    result = run("check", "--backend", "cpu")
+    assert result.exit_code == 1
+    assert f"cpu: {count} of {count} cases left out" in result.output and "0 of 0 outputs" in result.output
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.op)
+def test_a_case_says_which_calls_it_makes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a backend is asked about is what it is then given."""
+    asked: list[Spec] = []
+    reference = backends.load("reference")
+    monkeypatch.setattr(reference, "supports", lambda spec: asked.append(spec) or [])
+    ops._resolve.cache_clear()
+    case.evaluate(case.ours("reference"), case.inputs(torch.device("cpu")), case.passes[-1])
+    ops._resolve.cache_clear()
+    assert set(asked) == set(case.specs(torch.device("cpu")))
 
 
 BREAKS = [
@@ -248,14 +293,13 @@ def test_usage_errors(arguments: list[str], message: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("command", ["check", "bench"])
-@pytest.mark.parametrize("name", ABSENT)
-def test_absent_backend(command: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_backend(command: str, absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that is not there: its reason, and a failure."""
     monkeypatch.setattr(check_module, "check_cases", lambda: pytest.fail("work was done"))
     monkeypatch.setattr(machine_module, "measure_limits", lambda *_: pytest.fail("work was done"))
-    result = run(command, "--backend", name)
+    result = run(command, "--backend", absent)
     assert result.exit_code == 1
-    assert available_backends()[name] in result.output
+    assert available_backends()[absent] in result.output
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import ON_CPU, assert_same_bits, dtype_id, make_inputs, offsets
+from support import HERE, assert_same_bits, dtype_id, make_inputs, offsets
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -294,7 +294,7 @@ def test_one_tensor_for_several_arguments() -> None:
         assert b.any() and (a - b).abs().max() <= 1e-14 * b.abs().max()
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("backend", HERE)
 def test_named_backend(backend: str) -> None:
     """Row 5: a named backend is the one that runs in compiled code."""
     x = make_inputs(B=2, T=20, H=3, K=16, V=24)

@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+from support import plain_environment
 
 import lightning_attn
 
@@ -26,7 +27,7 @@ def python(code: str, *arguments: str, timeout: float = 120, **environment: str)
         text=True,
         timeout=timeout,
         cwd=Path(lightning_attn.__file__).resolve().parent.parent,
-        env={**os.environ, **environment},
+        env={**plain_environment(), **environment},
     )
     assert process.returncode == 0, process.stderr
     return process.stdout

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from nn_support import DIM, HEADS, HIDDEN, PARAMETERS, dtypes, layer, normal, on_cpu, states
+from nn_support import DIM, HEADS, HIDDEN, PARAMETERS, dtypes, here, layer, normal, on_cpu, states
 from support import (
     LAYOUTS,
     Result,
@@ -150,7 +150,7 @@ def run_all(
 # ---- what the layer computes ------------------------------------------------------------------------------
 
 
-@on_cpu
+@here
 @dtypes
 @pytest.mark.parametrize("T", [1, 70])
 def test_against_the_recurrence(backend: str, dtype: torch.dtype, T: int) -> None:
@@ -283,7 +283,7 @@ def test_state_is_not_written() -> None:
     assert_same_bits(module(x), module(x, state=torch.zeros_like(state)))
 
 
-@on_cpu
+@here
 @pytest.mark.parametrize("B, T", [(0, 5), (2, 0), (0, 0)])
 @pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
 def test_empty(backend: str, B: int, T: int, masked: bool) -> None:
@@ -314,7 +314,7 @@ def test_strided(layout: str, masked: bool) -> None:
     assert_same_bits(module(row, attention_mask=mask), module(row.contiguous(), attention_mask=mask))
 
 
-@on_cpu
+@here
 @dtypes
 def test_packed(backend: str, dtype: torch.dtype) -> None:
     """Row 18: packed sequences, some empty, are the sequences one by one: outputs, states, gradients."""
@@ -350,7 +350,7 @@ MASKS = {
 masks = pytest.mark.parametrize("mask", [torch.tensor(m) for m in MASKS.values()], ids=list(MASKS))
 
 
-@on_cpu
+@here
 @dtypes
 @masks
 def test_padding(backend: str, dtype: torch.dtype, mask: Tensor) -> None:
@@ -393,7 +393,7 @@ def test_junk_in_padding(backend: str, mask: Tensor, junk: float) -> None:
     assert not actual["y"][mask == 0].any()
 
 
-@on_cpu
+@here
 def test_all_padding(backend: str) -> None:
     """Row 7: a sequence of padding only returns its state untouched, with no state zeros; its gradient passes
     through."""

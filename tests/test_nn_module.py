@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nn_support import DIM, HEADS, HIDDEN, PARAMETERS, dtypes, layer, normal, on_cpu, states
+from nn_support import DIM, HEADS, HIDDEN, PARAMETERS, dtypes, here, layer, normal, on_cpu, states
 from support import assert_close_to_truth, assert_same_bits, dtype_id, poisoned_memory
 from torch import Tensor
 
@@ -264,7 +264,7 @@ def test_causal() -> None:
 # ---- GatedRMSNorm -----------------------------------------------------------------------------------------
 
 
-@on_cpu
+@here
 @dtypes
 def test_gated_rms_norm(backend: str, dtype: torch.dtype) -> None:
     """Row 1: the module is the formula, with its own weight and eps."""

@@ -6,23 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from support import LAYOUTS, ON_CPU, dtype_id, dtypes_of, make_inputs
+from support import HERE, LAYOUTS, dtype_id, dtypes_of, make_inputs
 
 from lightning_attn.dispatch import accumulation_dtype
 
 OPS = torch.ops.lightning_attn
 UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-KINDS = [(backend, dtype) for backend in ON_CPU for dtype in dtypes_of(backend)]
+KINDS = [(backend, dtype) for backend in HERE for dtype in dtypes_of(backend)]
 
 kinds = pytest.mark.parametrize("backend, dtype", KINDS, ids=dtype_id)
-# The reference is slow here, and the operators are the same but for the last argument: of it only the full
-# case.
+# The operators are the same but for the last argument: of the backends that are slow here only the full case.
+SLOW = ("reference", "triton")
 OPTIONAL = [
     (backend, dtype, packed, state)
     for (backend, dtype), packed, state in itertools.product(KINDS, (False, True), (False, True))
-    if backend != "reference" or (packed and state)
+    if backend not in SLOW or (packed and state)
 ]
-STRIDED = [(b, layout) for b in ON_CPU for layout in LAYOUTS if b != "reference" or "element" in layout]
+STRIDED = [(b, layout) for b in HERE for layout in LAYOUTS if b not in SLOW or "element" in layout]
 optional = pytest.mark.parametrize("backend, dtype, packed, state", OPTIONAL, ids=dtype_id)
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code")
@@ -121,7 +121,7 @@ def test_opcheck_strided(backend: str, layout: str) -> None:
     opcheck(OPS.gated_rms_norm_backward.default, do, q, k, weight, rstd, backend)
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("B, T, lengths", [(2, 0, None), (0, 3, None), (1, 0, ()), (1, 0, (0, 0))], ids=str)
 def test_opcheck_empty(backend: str, B: int, T: int, lengths: tuple[int, ...] | None) -> None:
     """Rows 4, 11: no tokens, no sequences, no documents, nothing but empty documents."""

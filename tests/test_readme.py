@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import plain_environment
 
 import lightning_attn
 
@@ -32,7 +33,13 @@ def section(title: str) -> str:
 
 def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, check=False, text=True, timeout=120, cwd=cwd
+        [sys.executable, *arguments],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        env=plain_environment(),
     )
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from support import plain_environment
 
 from lightning_attn import (
     LightningAttention,
@@ -23,7 +24,12 @@ def run_fresh(code: str) -> None:
     """Runs `code` in a process of its own; a crash, a hang or an exception fails the test."""
     program = textwrap.dedent(code)
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=plain_environment(),
     )
     assert done.returncode == 0, f"ended with {done.returncode}\n{done.stderr[-2000:]}"
 

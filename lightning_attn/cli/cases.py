@@ -19,7 +19,7 @@ from torch import Tensor
 
 import lightning_attn
 from lightning_attn import decay as decays
-from lightning_attn.dispatch import accumulation_dtype
+from lightning_attn.dispatch import Spec, accumulation_dtype
 
 from . import eager, truth
 from .eager import Function
@@ -58,6 +58,10 @@ class Case(ABC):
     @abstractmethod
     def inputs(self, device: torch.device) -> Tensors:
         """The same values at every call; cotangents included."""
+
+    @abstractmethod
+    def specs(self, device: torch.device) -> list[Spec]:
+        """The raw calls that `ours` comes to: what a backend must support to run the case."""
 
     @abstractmethod
     def ours(self, backend: str) -> Function:
@@ -183,6 +187,11 @@ class Attention(Case):
                 tensors[name] = normal(*size, dtype=accumulation_dtype(self.dtype))
         return tensors
 
+    def specs(self, device: torch.device) -> list[Spec]:
+        state = accumulation_dtype(self.dtype)
+        ops = ("attention_forward", "attention_backward")
+        return [Spec(op, device.type, self.dtype, state, self.K, self.V) for op in ops]
+
     def ours(self, backend: str) -> Function:
         return partial(lightning_attn.lightning_attention, return_state=self.stateful, backend=backend)
 
@@ -261,6 +270,9 @@ class Decode(Case):
             tensors["slots"] = order.to(device)
         return tensors
 
+    def specs(self, device: torch.device) -> list[Spec]:
+        return [Spec("attention_decode", device.type, self.dtype, self.state, self.K, self.V)]
+
     def ours(self, backend: str) -> Function:
         return partial(lightning_attn.lightning_attention_decode, backend=backend)
 
@@ -325,6 +337,10 @@ class GatedRMSNorm(Case):
         tensors = {name: normal(self.rows, self.D) for name in ("x", "gate", "do")}
         return tensors | {"weight": normal(self.D)}
 
+    def specs(self, device: torch.device) -> list[Spec]:
+        ops = ("gated_rms_norm_forward", "gated_rms_norm_backward")
+        return [Spec(op, device.type, self.dtype, self.dtype, self.D, self.D) for op in ops]
+
     def ours(self, backend: str) -> Function:
         return partial(lightning_attn.gated_rms_norm, backend=backend)
 
@@ -380,6 +396,10 @@ class Layer(Case):
             "norm": normal(wide),
             "out_proj": normal(self.hidden, wide) * wide**-0.5,
         }
+
+    def specs(self, device: torch.device) -> list[Spec]:
+        norm = GatedRMSNorm(self.dtype, self.B * self.T, self.H * self.D)
+        return self.attention.specs(device) + norm.specs(device)
 
     def ours(self, backend: str) -> Function:
         module = lightning_attn.LightningAttention(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +10,8 @@ from pathlib import Path
 import click
 import torch
 from rich.table import Table
+
+from lightning_attn.backends import supports
 
 from . import report
 from .accuracy import Judge, Verdict
@@ -41,32 +43,47 @@ def check(backend: str | None, json_path: Path | None) -> None:
     """Compare every op with the float64 recurrence.
 
     Outputs, states and gradients may have twice the error of plain PyTorch in the same dtype, plus one
-    rounding. Exits with 1 if any has more.
+    rounding. Exits with 1 if any has more. Cases that a backend does not take are left out and counted.
     """
     backends = report.backends(backend)
     console = report.console()
     device = torch.device("cpu")
     rows: list[Row] = []
+    left_out: Counter[tuple[str, str]] = Counter()  # backend and reason
     cases = list(check_cases())
     with report.progress(console) as progress:
         task = progress.add_task("check", total=len(cases))
         for case in cases:
             progress.update(task, description=f"{case.op} {dtype_name(case.dtype)}")
-            rows += _judge(case, backends, device)
+            reasons = {backend: _reasons(backend, case, device) for backend in backends}
+            left_out.update((backend, reason) for backend, reason in reasons.items() if reason)
+            rows += _judge(case, [backend for backend in backends if not reasons[backend]], device)
             progress.advance(task)
     console.print(_table(rows))
     failures = [row for row in rows if not row.verdict.ok]
     for row in failures:
         where = " ".join((*row.group, report.shape_name(row.case.shape)))
         console.print(f"FAIL {where}: {row.verdict}", style="red", markup=False, highlight=False)
+    for (name, reason), count in left_out.items():
+        message = f"{name}: {count} of {len(cases)} cases left out: {reason}"
+        console.print(message, markup=False, highlight=False)
     console.print(f"{len(rows) - len(failures)} of {len(rows)} outputs pass.")
     if json_path:
         report.write_json(json_path, [row.as_json() for row in rows])
-    if failures:
+    if failures or not rows:
         raise SystemExit(1)
 
 
+def _reasons(backend: str, case: Case, device: torch.device) -> str:
+    """Why a backend does not take a case; empty if it does."""
+    return ", ".join(
+        dict.fromkeys(reason for spec in case.specs(device) for reason in supports(backend, spec))
+    )
+
+
 def _judge(case: Case, backends: list[str], device: torch.device) -> Iterator[Row]:
+    if not backends:
+        return
     inputs = case.inputs(device)
     judge = Judge(case, inputs, case.passes[-1])
     for backend in backends:

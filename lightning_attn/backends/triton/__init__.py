@@ -127,7 +127,6 @@ def gated_rms_norm_backward(
     dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dgate, dweight = x.new_empty(x.shape), x.new_empty(x.shape), weight.new_empty(weight.shape)
-    run_all(
-        gated_rms_norm.backward(dy, x, gate, weight, rstd, dx, dgate, dweight, device_arch(x.device)), x.device
-    )
+    arch = device_arch(x.device)
+    run_all(gated_rms_norm.backward(dy, x, gate, weight, rstd, dx, dgate, dweight, arch), x.device)
     return dx, dgate, dweight

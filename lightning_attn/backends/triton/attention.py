@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import config
+from . import autotune, config
 from .chunk import chunk_kernel
 from .chunk_backward import chunk_backward_kernel, chunk_backward_split_kernel
 from .chunk_state import chunk_state_kernel
@@ -27,10 +27,15 @@ class Call:
     cu_seqlens: Tensor | None
     shape: tuple[int, int, int]
     arch: Arch
+    choose: autotune.Choice = autotune.tiles
 
     @property
     def sequences(self) -> int:
         return self.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def tiles(self, configured: autotune.Configured[autotune.T], K: int, V: int, x: Tensor) -> autotune.T:
+        """Of the kernel that `configured` is for, on operands like x."""
+        return self.choose(configured, K, V, x.dtype, self.arch, x.device)
 
     def cut(self, columns: int, state_size: int, bytes_per_token: int, tiles: Tiles) -> Segments:
         """The segments of each chain (a sequence, or all packed ones) for sweeps of so many programs a head."""
@@ -96,14 +101,19 @@ def backward(
     K, V = q.shape[3], v.shape[3]
     B, T, H = call.shape
     size = q.element_size()
-    whole = config.chunk_backward(K, V, q.dtype, call.arch)
-    tiles = whole or config.chunk_backward_split(K, V, q.dtype, call.arch)
+    whole = call.tiles(config.chunk_backward, K, V, q)
+    tiles = whole or call.tiles(config.chunk_backward_split, K, V, q)
     columns_k, columns_v = (0, 1) if whole else (-(-K // tiles.value), -(-V // tiles.value))
     cut = call.cut(columns_k + columns_v, K * V, 3 * (K + V) * size, tiles)
     before, entering = _entering(q, do, state(dstate), True, cut, call)
     programs = call.pieces(cut) * H * (columns_k + columns_v)
     arguments = {
-        **{name: operand(x) for name, x in dict(q=q, k=k, v=v, do=do, dk=dk, dv=dv).items()},
+        "q": operand(q),
+        "k": operand(k),
+        "v": operand(v),
+        "do": operand(do),
+        "dk": operand(dk),
+        "dv": operand(dv),
         "dstate": state(dstate),
         "entering": state(entering),
         "dinitial": state(dinitial),
@@ -137,7 +147,7 @@ def backward(
 def _sweep(x: Sweep, call: Call) -> list[Launch]:
     B, T, H = call.shape
     K, V = x.k.shape[3], x.v.shape[3]
-    tiles = config.chunk(K, V, x.k.dtype, call.arch)
+    tiles = call.tiles(config.chunk, K, V, x.k)
     columns = -(-V // tiles.value)
     size = x.k.element_size()
     cut = call.cut(columns, K * V, (2 * K + 2 * V) * size, tiles)
@@ -148,7 +158,10 @@ def _sweep(x: Sweep, call: Call) -> list[Launch]:
         chunk_kernel,
         programs,
         {
-            **{name: operand(t) for name, t in dict(q=x.q, k=x.k, v=x.v, o=x.o).items()},
+            "q": operand(x.q),
+            "k": operand(x.k),
+            "v": operand(x.v),
+            "o": operand(x.o),
             "initial": x.initial,
             "entering": state(entering),
             "final": x.final,
@@ -171,7 +184,7 @@ def _entering(
         return [], None
     B, T, H = call.shape
     K, V = k.shape[3], v.shape[3]
-    tiles = config.chunk_state(K, V, k.dtype, call.arch)
+    tiles = call.tiles(config.chunk_state, K, V, k)
     columns = -(-V // tiles.value)
     entering = k.new_empty((B * cut.count, H, K, V), dtype=torch.float32)
     written = B * (cut.count - 1) * H * K * V * 4

@@ -6,7 +6,7 @@ No length of a sequence enters into the choice of tiles, so nothing is compiled 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -154,6 +154,10 @@ def _known(tiles: Tiles | None) -> Tiles:
     return tiles
 
 
+SCAN_STEP = 16  # tokens that a sweep walks in the time in which the scan reads another state
+LONGEST_SEGMENT = 1 << 30  # tokens: within a piece kernels count in 32 bits
+
+
 @dataclass(frozen=True)
 class Segments:
     """A chain of tokens cut into `count` segments of `length` tokens, the last one shorter."""
@@ -169,8 +173,8 @@ def segments(
     """How to cut a chain of `tokens`, for a sweep that has `programs` programs if it is not cut.
 
     One pass costs the tokens of a program, times the rounds in which the machine takes the programs. Two passes cost
-    half as much again where a document is cut, and `state_tokens` for a state that goes through memory. The count is
-    the least that comes within a twentieth of the best.
+    half as much again where a document is cut, `state_tokens` for a state that goes through memory, and a scan over
+    all segments. The count is the least that comes within a twentieth of the best.
     """
     blocks = max(1, -(-tokens // tiles.block))
 
@@ -183,10 +187,11 @@ def segments(
         if cut.count == 1:
             return rounds * cut.length
         share = min(1.0, tokens / documents / cut.length) if documents else 0.0  # that the first pass reads
-        return rounds * (cut.length * (1 + 0.5 * share) + state_tokens)
+        return rounds * (cut.length * (1 + 0.5 * share) + state_tokens) + SCAN_STEP * cut.count
 
-    most = min(blocks, 4 * arch.processors // max(programs, 1) + 1)
-    candidates = [cut(count) for count in range(1, most + 1)]
+    least = -(-tokens // LONGEST_SEGMENT) or 1
+    most = max(least, min(blocks, 4 * arch.processors // max(programs, 1) + 1))
+    candidates = [cut(count) for count in range(least, most + 1)]
     best = min(map(cost, candidates))
     return next(candidate for candidate in candidates if cost(candidate) <= 1.05 * best)
 
@@ -198,51 +203,68 @@ def device_arch(device: torch.device) -> Arch:
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        name = properties.gcnArchName.split(":")[0]
-        return Arch(name, 64 * KIB, properties.multi_processor_count)
-    name = f"sm_{properties.major}{properties.minor}"
-    return Arch(name, properties.shared_memory_per_block_optin, properties.multi_processor_count)
+        name, least = properties.gcnArchName.split(":")[0], 64 * KIB
+    else:
+        name, least = f"sm_{properties.major}{properties.minor}", 99 * KIB
+    known = ARCHS.get(name, Arch(name, least, 0))
+    return replace(known, processors=properties.multi_processor_count)
+
+
+# ---- decoding and the norm: all that counts is the memory ----------------------------------------------------------
+
+
+def _warps(threads: int, arch: Arch) -> int:
+    return max(1, threads // (64 if arch.name.startswith("gfx") else 32))
 
 
 @functools.lru_cache(maxsize=1024)
 def decode(K: int, V: int, state_size: int, arch: Arch) -> Tiles:
     """Of `decode_kernel`, on a state of elements of `state_size` bytes.
 
-    A program has 16 KiB of the state in flight, in accesses of 16 bytes, and a few programs on a processor are what it
-    takes to keep the memory busy. A narrower tile makes more programs, but rows of less than 64 bytes waste sectors.
-    With 4 warps of at most 64 elements a thread no more than half of the registers hold the state.
+    A program asks for 16 KiB of the state at once: a few programs on a multiprocessor keep its memory busy, and a small
+    batch still makes many. Columns are at least 32, as shorter rows would waste what the memory delivers. With twice as
+    many threads as keys, and 32 elements a thread at most, the compiler loads k and q where they are used; it would
+    move those of as many keys as threads through shared memory, one wait for the memory after the other.
     """
     key = power_of_two(K)
-    value = min(power_of_two(V), max(16 * KIB // state_size // key, 32))
-    return Tiles(0, key, value, min(4, max(1, key * value // 1024)), 1)
+    value = min(power_of_two(V), max(32, 16 * KIB // state_size // key))
+    return Tiles(0, key, value, _warps(max(2 * key, key * value // 32), arch), 1)
 
 
 @functools.lru_cache(maxsize=1024)
 def norm(D: int, arch: Arch) -> Tiles:
-    """Rows, and columns, of `gated_rms_norm_forward_kernel`: whole rows, at least 2048 elements of each operand.
+    """Rows and columns of the kernels of the norm: whole rows, and at least 2048 elements.
 
-    With 16 elements a thread it has two loads of 16 bytes of each 16-bit operand in flight. A row of 16384 gets 32 a
-    thread, as more than 16 warps leave a thread too few registers.
+    A thread has 16 of them, two accesses of 16 bytes to each 16-bit operand. More than 512 threads would have too few
+    registers each for what the backward pass keeps.
     """
     columns = 1 << (D - 1).bit_length()
     rows = max(1, 2048 // columns)
-    return Tiles(rows, 0, columns, min(16, max(4, rows * columns // 512)), 1)
+    return Tiles(rows, 0, columns, _warps(min(512, rows * columns // 16), arch), 1)
 
 
-@functools.lru_cache(maxsize=1024)
-def norm_backward(D: int, arch: Arch) -> Tiles:
-    """Of `gated_rms_norm_backward_kernel`."""
-    columns = 1 << (D - 1).bit_length()
-    rows = max(1, 2048 // columns)
-    return Tiles(rows, 0, columns, min(16, max(4, rows * columns // 512)), 1)
+@dataclass(frozen=True)
+class NormShare:
+    """The rows that a program of the norm's backward pass sums up the gradient of the weight over, and whether the sum
+    is compensated.
+    """
+
+    rows: int
+    compensated: bool
 
 
-def norm_share(rows: int, tiles: Tiles, arch: Arch) -> int:
-    """How many rows a program of `gated_rms_norm_backward_kernel` takes: a multiple of those it holds at a time."""
-    programs = arch.processors * max(1, 16 // tiles.warps)
-    return max(1, -(-rows // (programs * tiles.block))) * tiles.block
+def norm_share(rows: int, tiles: Tiles, arch: Arch) -> NormShare:
+    """As many programs as run at the same time: 512 threads a multiprocessor, for which the registers suffice.
+
+    Those of more than 8192 columns do not suffice for a compensated sum. It stays as exact as that of the plain operators
+    if it is over 32 rows at most; their partial sums add a fortieth to the traffic.
+    """
+    compensated = tiles.value <= 8192
+    programs = arch.processors * max(1, _warps(512, arch) // tiles.warps)
+    steps = max(1, -(-rows // (programs * tiles.block)))
+    return NormShare((steps if compensated else min(steps, 32)) * tiles.block, compensated)
 
 
-def norm_dweight() -> Tiles:
-    """Partial sums at a time, and columns, of `gated_rms_norm_dweight_kernel`."""
-    return Tiles(256, 0, 16, 4, 1)
+def norm_dweight(arch: Arch) -> Tiles:
+    """Partial sums at a time, and columns, of `gated_rms_norm_dweight_kernel`: few steps, in rows of 64 bytes."""
+    return Tiles(256, 0, 16, _warps(128, arch), 1)

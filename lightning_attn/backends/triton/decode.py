@@ -40,14 +40,18 @@ def decode_kernel(
     in_state = (i < K)[:, None] & (j < V)[None, :] & live
     at = state_tile((state[0], state[1], state[2], V, 1), row, head, i, j)
     S = tl.load(at, mask=in_state, other=0.0).to(tl.float32)
-    loss = decay_loss(tl.load(decay + head))
+    s = tl.load(decay + head)
+    # lambda S = kept S + loss S. Of a slow decay lambda is rounded too much, of a fast one the loss: a large state would
+    # leave behind what the loss is off by.
+    slow = s < 0.25
+    kept, loss = tl.where(slow, 1.0, tl.exp(-s)), tl.where(slow, decay_loss(s), 0.0)
     qp, kp = _token(q, batch, head) + i, _token(k, batch, head) + i
     vp, op = _token(v, batch, head) + j, _token(o, batch, head) + j
-    for _ in range(0, tokens):
+    for _ in range(tokens):
         qt = tl.load(qp, mask=i < K, other=0.0).to(tl.float32) * scale
         kt = tl.load(kp, mask=i < K, other=0.0).to(tl.float32)
         vt = tl.load(vp, mask=j < V, other=0.0).to(tl.float32)
-        S += S * loss + kt[:, None] * vt[None, :]
+        S = S * kept + (S * loss + kt[:, None] * vt[None, :])
         ot = tl.sum(S * qt[:, None], 0)
         tl.store(op, tl.where(live, ot, 0.0).to(op.dtype.element_ty), mask=j < V)
         qp += advance(q, 1)
@@ -83,7 +87,10 @@ def launches(
             decode_kernel,
             programs,
             {
-                **{name: operand(x) for name, x in dict(q=q, k=k, v=v, o=o).items()},
+                "q": operand(q),
+                "k": operand(k),
+                "v": operand(v),
+                "o": operand(o),
                 "decay": decay,
                 "state": (state, *state.stride()[:2]),
                 "slots": slots,

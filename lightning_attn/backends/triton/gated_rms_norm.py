@@ -5,7 +5,7 @@ With e = dy w g, the gradient of n:
     dx = rstd (e - n mean(e n))        dgate = e n (1 - g)        dw = sum over rows of dy n g
 
 A program holds whole rows, so whatever has the size of x is read once and written once. All operands are matrices
-[rows, D] whose rows are contiguous; each comes with the stride from row to row in elements, a 64-bit factor.
+[rows, D] whose rows are contiguous; a stride is that from row to row in elements, or None for D.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .config import Arch, Tiles
+from .config import Arch
 from .launch import Launch
 from .primitives import program_index
 
 
 @triton.jit
-def _rows(x, stride, row, column):
+def _rows(x, stride, row, column, D: tl.constexpr):
     """Pointers [ROWS, BLOCK_D]."""
-    return x + row.to(tl.int64)[:, None] * stride + column[None, :]
+    return x + row.to(tl.int64)[:, None] * (D if stride is None else stride) + column[None, :]
 
 
 @triton.jit
@@ -48,14 +48,13 @@ def gated_rms_norm_forward_kernel(
         return
     row, column = index * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     mask = (row < rows)[:, None] & (column < D)[None, :]
-    xb = tl.load(_rows(x, x_stride, row, column), mask=mask, other=0.0).to(tl.float32)
-    gb = tl.load(_rows(gate, gate_stride, row, column), mask=mask, other=0.0).to(tl.float32)
+    xb = tl.load(_rows(x, x_stride, row, column, D), mask=mask, other=0.0).to(tl.float32)
+    gb = tl.load(_rows(gate, gate_stride, row, column, D), mask=mask, other=0.0).to(tl.float32)
     w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
-    mean = tl.div_rn(tl.sum(xb * xb, 1), tl.full([ROWS], D, tl.float32))
-    r = tl.div_rn(tl.full([ROWS], 1.0, tl.float32), tl.sqrt_rn(mean + eps))
+    r = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(xb * xb, 1), D * 1.0) + eps))
     tl.store(rstd + row, r, mask=row < rows)
     yb = xb * r[:, None] * w[None, :] * tl.sigmoid(gb)
-    tl.store(_rows(y, D, row, column), yb.to(y.dtype.element_ty), mask=mask)
+    tl.store(_rows(y, None, row, column, D), yb.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["programs", "rows", "share"])
@@ -65,29 +64,33 @@ def gated_rms_norm_backward_kernel(
     rstd,  # [rows] float32
     partial,  # [programs, D] float32, written: dw of each program's rows
     programs, rows,
-    share,  # of the rows that a program takes: so many, in steps of ROWS
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    share,  # rows of a program, a multiple of ROWS
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, COMPENSATED: tl.constexpr,
 ):  # fmt: skip
     index = program_index()
     if index >= programs:
         return
     column = tl.arange(0, BLOCK_D)
     in_row = column < D
-    w = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     lost = tl.zeros([ROWS, BLOCK_D], tl.float32)
     row = index * share + tl.arange(0, ROWS)
     for _ in range(0, share, ROWS):
         mask = (row < rows)[:, None] & in_row[None, :]
         r = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
-        n = tl.load(_rows(x, x_stride, row, column), mask=mask, other=0.0).to(tl.float32) * r
-        g = tl.sigmoid(tl.load(_rows(gate, gate_stride, row, column), mask=mask, other=0.0).to(tl.float32))
-        d = tl.load(_rows(dy, dy_stride, row, column), mask=mask, other=0.0).to(tl.float32) * g
-        total, lost = _compensated_add(total, lost, d * n)
-        e = d * w
+        n = tl.load(_rows(x, x_stride, row, column, D), mask=mask, other=0.0).to(tl.float32) * r
+        g = tl.sigmoid(tl.load(_rows(gate, gate_stride, row, column, D), mask=mask, other=0.0).to(tl.float32))
+        d = tl.load(_rows(dy, dy_stride, row, column, D), mask=mask, other=0.0).to(tl.float32) * g
+        if COMPENSATED:
+            total, lost = _compensated_add(total, lost, d * n)
+        else:
+            total += d * n
+        # Again for each row: the weight stays in the cache, where it takes no registers.
+        e = d * tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
         mean = tl.sum(e * n, 1) * (1.0 / D)
-        tl.store(_rows(dgate, D, row, column), (e * n * (1.0 - g)).to(dgate.dtype.element_ty), mask=mask)
-        tl.store(_rows(dx, D, row, column), (r * (e - n * mean[:, None])).to(dx.dtype.element_ty), mask=mask)
+        dgb, dxb = e * n * (1.0 - g), r * (e - n * mean[:, None])
+        tl.store(_rows(dgate, None, row, column, D), dgb.to(dgate.dtype.element_ty), mask=mask)
+        tl.store(_rows(dx, None, row, column, D), dxb.to(dx.dtype.element_ty), mask=mask)
         row += ROWS
     tl.store(partial + index * D + column, tl.sum(total - lost, 0), mask=in_row)
 
@@ -96,7 +99,7 @@ def gated_rms_norm_backward_kernel(
 def gated_rms_norm_dweight_kernel(
     partial,  # [parts, D] float32
     dweight,  # [D], written
-    programs, parts,
+    parts,
     D: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The sum of the partial sums, always in the same order."""
@@ -106,19 +109,28 @@ def gated_rms_norm_dweight_kernel(
     for first in range(0, parts, BLOCK):
         part = first + tl.arange(0, BLOCK)
         mask = (part < parts)[:, None] & (column < D)[None, :]
-        total, lost = _compensated_add(total, lost, tl.load(_rows(partial, D, part, column), mask=mask, other=0.0))
+        term = tl.load(_rows(partial, None, part, column, D), mask=mask, other=0.0)
+        total, lost = _compensated_add(total, lost, term)
     tl.store(dweight + column, tl.sum(total - lost, 0).to(dweight.dtype.element_ty), mask=column < D)
 
 
-def matrix(x: Tensor) -> Tensor:
+def _matrix(x: Tensor) -> Tensor:
     """The rows of `x` as a matrix: a view wherever strides allow one."""
     return x.reshape(-1, x.shape[-1])
+
+
+def _stride(x: Tensor) -> int | None:
+    """As kernels take it. Of a number Triton only knows whether 16 divides it: with rows of 1000 elements it would miss
+    that 8 does. Where 16 does it is passed, as the backward pass in float32 takes more registers with a constant.
+    """
+    stride, D = x.stride(0), x.shape[1]
+    return None if stride == D and D % 16 else stride
 
 
 def forward(
     x: Tensor, gate: Tensor, weight: Tensor, y: Tensor, rstd: Tensor, eps: float, arch: Arch
 ) -> list[Launch]:
-    x, gate = matrix(x), matrix(gate)
+    x, gate = _matrix(x), _matrix(gate)
     rows, D = x.shape
     tiles = config.norm(D, arch)
     programs = -(-rows // tiles.block)
@@ -130,8 +142,8 @@ def forward(
                 "x": x,
                 "gate": gate,
                 "y": y,
-                "x_stride": x.stride(0),
-                "gate_stride": gate.stride(0),
+                "x_stride": _stride(x),
+                "gate_stride": _stride(gate),
                 "weight": weight,
                 "rstd": rstd,
                 "eps": float(eps),
@@ -157,38 +169,41 @@ def backward(
     dweight: Tensor,
     arch: Arch,
 ) -> list[Launch]:
-    dy, x, gate = matrix(dy), matrix(x), matrix(gate)
+    dy, x, gate = _matrix(dy), _matrix(x), _matrix(gate)
     rows, D = x.shape
-    tiles = config.norm_backward(D, arch)
+    tiles = config.norm(D, arch)
     share = config.norm_share(rows, tiles, arch)
-    parts = -(-rows // share)
+    parts = -(-rows // share.rows)
     partial = x.new_empty((parts, D), dtype=torch.float32)
     main = Launch(
         gated_rms_norm_backward_kernel,
         parts,
         {
-            **dict(dy=dy, x=x, gate=gate, dx=dx, dgate=dgate),
-            "dy_stride": dy.stride(0),
-            "x_stride": x.stride(0),
-            "gate_stride": gate.stride(0),
+            "dy": dy,
+            "x": x,
+            "gate": gate,
+            "dx": dx,
+            "dgate": dgate,
+            "dy_stride": _stride(dy),
+            "x_stride": _stride(x),
+            "gate_stride": _stride(gate),
             "weight": weight,
             "rstd": rstd,
             "partial": partial,
             "programs": parts,
             "rows": rows,
-            "share": share,
+            "share": share.rows,
         },
-        {"D": D, "ROWS": tiles.block, "BLOCK_D": tiles.value},
+        {"D": D, "ROWS": tiles.block, "BLOCK_D": tiles.value, "COMPENSATED": share.compensated},
         tiles,
         bytes=5 * dx.nbytes + rstd.nbytes + weight.nbytes + partial.nbytes,
         flops=rows * D * 18,
     )
-    tiles = config.norm_dweight()
-    programs = -(-D // tiles.value)
+    tiles = config.norm_dweight(arch)
     finish = Launch(
         gated_rms_norm_dweight_kernel,
-        programs,
-        {"partial": partial, "dweight": dweight, "programs": programs, "parts": parts},
+        -(-D // tiles.value),
+        {"partial": partial, "dweight": dweight, "parts": parts},
         {"D": D, "BLOCK": tiles.block, "COLUMNS": tiles.value},
         tiles,
         bytes=partial.nbytes + dweight.nbytes,

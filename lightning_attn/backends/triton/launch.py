@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .config import Tiles
 
-GRID_LIMIT = 65_535  # of a grid's second dimension, on every architecture; the first may be longer, and is not
+GRID_LIMIT = 65_535  # programs along a dimension of a grid; no architecture allows less for any of them
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,10 @@ def grid(programs: int) -> tuple[int, int]:
 
 def operand(x: Tensor | None) -> tuple[Tensor, int, int, int] | None:
     """x [B, T, H, D] as kernels take it."""
-    return None if x is None else (x, *x.stride()[:3])
+    if x is None:
+        return None
+    batch, token, head, _ = x.stride()
+    return x, batch, token, head
 
 
 def state(x: Tensor | None, *, transposed: bool = False) -> tuple[Tensor, int, int, int, int] | None:

@@ -61,8 +61,11 @@ def carry_on(S, k, v, n, s, factor, LAG: tl.constexpr):
     """
     j = tl.arange(0, k.shape[0])
     added = tl.exp(-s * tl.maximum(n - 1 + LAG - j, 0)) * factor
-    S += S * decay_loss(s * n)
-    return dot(tl.trans(k), (v * added[:, None]).to(v.dtype), S)
+    # The product is summed apart, not onto the state: tensor cores cut off what they add at the magnitude of their
+    # accumulator, always downwards. Besides, Triton up to 3.7 miscompiles for Blackwell an accumulator that the loop also
+    # scales and reads (triton-lang/triton#10993). An fma, as the compiler would merge a sum into the accumulator again.
+    product = dot(tl.trans(k), (v * added[:, None]).to(v.dtype))
+    return S + tl.fma(S, tl.zeros_like(S) + decay_loss(s * n), product)
 
 
 @triton.jit
