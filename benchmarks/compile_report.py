@@ -6,10 +6,10 @@
 The kernels are to pass with Triton 3.6.0 and 3.7.1; `pytest tests/test_compiled.py` runs this with the one that is
 installed. From the root of the repository, once for each:
 
-    python -m venv /tmp/new && . /tmp/new/bin/activate
+    python -m venv ../with-3.7 && . ../with-3.7/bin/activate
     pip install -c constraints.txt -e '.[test]' && pytest tests/test_compiled.py
 
-    python -m venv /tmp/old && . /tmp/old/bin/activate
+    python -m venv ../with-3.6 && . ../with-3.6/bin/activate
     pip install -c constraints.txt -e '.[test]' && pip install triton==3.6.0 'numpy<2.4'
     pytest tests/test_compiled.py
 """

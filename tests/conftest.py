@@ -110,6 +110,7 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test starts with the default backend and two threads, whatever the environment says."""
     monkeypatch.delenv("LIGHTNING_ATTN_BACKEND", raising=False)
     monkeypatch.delenv("LIGHTNING_ATTN_CHECK", raising=False)
+    monkeypatch.delenv("LIGHTNING_ATTN_AUTOTUNE", raising=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

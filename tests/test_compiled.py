@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -21,7 +22,8 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are not installed
 
 from benchmarks import compile_gate as gate
 from benchmarks.compile_gate import Row
-from lightning_attn.backends.triton.config import KIB
+from lightning_attn.backends.triton import catalogue
+from lightning_attn.backends.triton.config import ARCHS, KIB
 
 COMMITTED = ROOT / "benchmarks" / "results" / "compile.json"
 KERNELS = {
@@ -133,6 +135,17 @@ def test_every_variant_is_compiled_where_none_may_spill(rows: list[Row]) -> None
                 # The gradient of q, dense and without a state, is the kernel of the forward pass.
                 assert f"{operation}, {variant}" in variants, configuration
         assert {"decode, T=1", "decode, T=4, slots, bfloat16"} <= variants
+
+
+@pytest.mark.parametrize("dtype", gate.DTYPES)
+@pytest.mark.parametrize("arch", gate.MAIN_ARCHS)
+def test_variants_are_what_they_are_called(arch: str, dtype: str) -> None:
+    """Sequences are cut in segments in those that say so, and in no others."""
+    for dim in gate.DIMS:
+        for entry in catalogue.catalogue(dim, getattr(torch, dtype), ARCHS[arch]):
+            if entry.launch.kernel.__name__.startswith("chunk"):
+                cut = entry.launch.arguments["entering"] is not None
+                assert cut == entry.variant.startswith("split"), (dim, entry.operation, entry.variant)
 
 
 @pytest.mark.parametrize("rule", gate.RULES.values(), ids=list(gate.RULES))

@@ -39,7 +39,9 @@ def unavailable() -> str | None:
     """Why no call can run here, or None."""
     if INTERPRETED or torch.cuda.is_available():
         return None
-    return "it needs a CUDA or ROCm device (with TRITON_INTERPRET=1 Triton's interpreter runs it on CPU tensors)"
+    return (
+        "it needs a CUDA or ROCm device (with TRITON_INTERPRET=1 Triton's interpreter runs it on CPU tensors)"
+    )
 
 
 def supports(spec: Spec) -> list[str]:
@@ -102,9 +104,7 @@ def attention_backward(
     call = _call(q, decay, scale, cu_seqlens)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dinitial = None if initial_state is None else _new_state(q, v, call)
-    run_all(
-        attention.backward(q, k, v, do, dq, dk, dv, initial_state, dstate, dinitial, call), q.device
-    )
+    run_all(attention.backward(q, k, v, do, dq, dk, dv, initial_state, dstate, dinitial, call), q.device)
     return dq, dk, dv, dinitial
 
 

@@ -128,18 +128,14 @@ def backward(
         flops = tokens * (4 * block * (key + value) + 6 * key * value)
         main = Launch(chunk_backward_kernel, programs, arguments, constants, tiles, bytes, 0, flops)
     else:
-        arguments |= {
-            "dstate_t": state(dstate, transposed=True),
-            "entering_t": state(entering, transposed=True),
-        }
-        constants |= {"BLOCK_K": key, "BLOCK_V": value, "TILE": tiles.value}
-        flops_v = columns_v * (2 * block * (key + tiles.value) + 4 * key * tiles.value)
-        flops_k = columns_k * (2 * block * (value + tiles.value) + 4 * value * tiles.value)
+        side = max(key, value)
+        constants |= {"BLOCK_K": side, "TILE": tiles.value}
+        flops = tokens * (columns_v + columns_k) * (2 * block * (side + tiles.value) + 4 * side * tiles.value)
         # Each program of dv reads k, q and its part of do, each of dk v, do and its part of q.
         again = tokens * size * (columns_v * 2 * K + V + columns_k * 2 * V + K - 2 * (K + V))
         main = Launch(
             chunk_backward_split_kernel, programs, arguments, constants, tiles,
-            bytes, again, tokens * (flops_k + flops_v),
+            bytes, again, flops,
         )  # fmt: skip
     return [*launches, *before, main]
 

@@ -188,7 +188,6 @@ def search(kernel: Kernel, options: list[Tiles], device: torch.device) -> Tiles:
             warnings.warn(
                 f"{kernel.key}: {option} and {first} disagree: {wrong}", RuntimeWarning, stacklevel=2
             )
-            continue
         log.info("%s: %s %.4f ms", kernel.key, option, taken)
         if taken < least:
             best, least = option, taken

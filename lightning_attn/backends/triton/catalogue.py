@@ -47,8 +47,8 @@ class Entry:
 # than 2 GiB, as they mostly are: Triton uses other instructions for those on AMD.
 DENSE = Shape(16, 1024, 64)
 PACKED = Shape(1, 1024, 1024, documents=2)
-SPLIT = Shape(1, 131072, 8)
-SPLIT_PACKED = Shape(1, 131072, 8, documents=2)
+SPLIT = Shape(1, 131072, 2)
+SPLIT_PACKED = Shape(1, 131072, 2, documents=2)
 
 
 def catalogue(dim: int, dtype: torch.dtype, arch: Arch) -> Iterator[Entry]:

@@ -37,7 +37,8 @@ from .primitives import (
 def sweep(
     q, k, v, o, decay, initial, entering, final, cu_seqlens, scale,
     unit, column, head, tokens, sequences, segments, length,
-    K: tl.constexpr, V: tl.constexpr,
+    K, V,
+    keep,  # whether this program writes its part of `final`
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Piece `unit` of one head, columns of V from `column` on."""
@@ -86,8 +87,8 @@ def sweep(
         op += advance(o, step)
 
     if final is not None:
-        keep = in_state & ends & (begin <= end)
-        tl.store(state_tile(final, n, head, row_k, column_v), S, mask=keep)
+        kept = in_state & ends & (begin <= end) & keep
+        tl.store(state_tile(final, n, head, row_k, column_v), S, mask=kept)
 
 
 @triton.jit(do_not_specialize=["programs", "tokens", "sequences", "segments", "length"])
@@ -112,5 +113,5 @@ def chunk_kernel(
     sweep(
         q, k, v, o, decay, initial, entering, final, cu_seqlens, scale,
         unit, column, head, tokens, sequences, segments, length,
-        K, V, BLOCK, BLOCK_K, BLOCK_V, REVERSE,
+        K, V, True, BLOCK, BLOCK_K, BLOCK_V, REVERSE,
     )  # fmt: skip

@@ -95,13 +95,39 @@ def chunk_backward_kernel(
         tl.store(state_tile(dinitial, n, head, row_k, column_v), R, mask=keep)
 
 
+@triton.jit
+def either(first, a, b):
+    """One of two operands."""
+    return (
+        tl.where(first, a[0], b[0]), tl.where(first, a[1], b[1]),
+        tl.where(first, a[2], b[2]), tl.where(first, a[3], b[3]),
+    )  # fmt: skip
+
+
+@triton.jit
+def turned(straight, x):
+    """A state, or its transpose."""
+    return x[0], x[1], x[2], tl.where(straight, x[3], x[4]), tl.where(straight, x[4], x[3])
+
+
+@triton.jit
+def either_dim(first, a: tl.constexpr, b: tl.constexpr):
+    """One of two head dims, with what is known of both: whether whole vectors are below it."""
+    if a == b:
+        return a
+    else:
+        unit: tl.constexpr = 16 if a % 16 == 0 and b % 16 == 0 else 8 if a % 8 == 0 and b % 8 == 0 else 1
+        return tl.multiple_of(tl.where(first, a, b), unit)
+
+
 @triton.jit(do_not_specialize=["programs", "tokens", "sequences", "segments", "length"])
 def chunk_backward_split_kernel(
-    q, k, v, do, dk, dv, decay,  # as above
-    dstate, dstate_t, entering, entering_t, dinitial, cu_seqlens,  # as above; `_t`: the same state, transposed
+    q, k, v, do, dk, dv, decay, dstate, entering, dinitial, cu_seqlens,  # as above
     scale, programs, tokens, heads, sequences, segments, length,
     K: tl.constexpr, V: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # of the larger of K and V
+    TILE: tl.constexpr,  # columns of dv, or of dk
 ):  # fmt: skip
     index = program_index()
     if index >= programs:
@@ -111,15 +137,14 @@ def chunk_backward_split_kernel(
     tile = (index % (tiles_k + tiles_v)).to(tl.int32)
     head = (index // (tiles_k + tiles_v) % heads).to(tl.int32)
     unit = (index // (tiles_k + tiles_v) // heads).to(tl.int32)
-    if tile < tiles_v:
-        sweep(
-            k, q, do, dv, decay, dstate, entering, dinitial, cu_seqlens, scale,
-            unit, tile * TILE, head, tokens, sequences, segments, length,
-            K, V, BLOCK, BLOCK_K, TILE, True,
-        )  # fmt: skip
-    else:
-        sweep(
-            v, do, q, dk, decay, dstate_t, entering_t, None, cu_seqlens, scale,
-            unit, (tile - tiles_v) * TILE, head, tokens, sequences, segments, length,
-            V, K, BLOCK, BLOCK_V, TILE, True,
-        )  # fmt: skip
+    # Chosen by value, not by a branch: of two loops the compiler would keep the buffers of both.
+    to_v = tile < tiles_v
+    sweep(
+        either(to_v, k, v), either(to_v, q, do), either(to_v, do, q), either(to_v, dv, dk),
+        decay,
+        turned(to_v, dstate) if dstate is not None else None,
+        turned(to_v, entering) if entering is not None else None,
+        dinitial, cu_seqlens, scale,
+        unit, tl.where(to_v, tile, tile - tiles_v) * TILE, head, tokens, sequences, segments, length,
+        either_dim(to_v, K, V), either_dim(to_v, V, K), to_v, BLOCK, BLOCK_K, TILE, True,
+    )  # fmt: skip

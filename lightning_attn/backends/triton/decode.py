@@ -15,7 +15,7 @@ from torch import Tensor
 from . import config
 from .config import Arch
 from .launch import Launch, operand
-from .primitives import advance, decay_loss, program_index, state_tile
+from .primitives import advance, decay_parts, program_index, state_tile
 
 
 # T = 1 is compiled without the loop; whether T is a multiple of 16 is no matter.
@@ -40,11 +40,7 @@ def decode_kernel(
     in_state = (i < K)[:, None] & (j < V)[None, :] & live
     at = state_tile((state[0], state[1], state[2], V, 1), row, head, i, j)
     S = tl.load(at, mask=in_state, other=0.0).to(tl.float32)
-    s = tl.load(decay + head)
-    # lambda S = kept S + loss S. Of a slow decay lambda is rounded too much, of a fast one the loss: a large state would
-    # leave behind what the loss is off by.
-    slow = s < 0.25
-    kept, loss = tl.where(slow, 1.0, tl.exp(-s)), tl.where(slow, decay_loss(s), 0.0)
+    kept, loss = decay_parts(tl.load(decay + head))
     qp, kp = _token(q, batch, head) + i, _token(k, batch, head) + i
     vp, op = _token(v, batch, head) + j, _token(o, batch, head) + j
     for _ in range(tokens):

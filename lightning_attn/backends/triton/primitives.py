@@ -16,11 +16,12 @@ def program_index():
 
 
 @triton.jit
-def decay_loss(x):
-    """e^{-x} - 1 for x >= 0, exact to its own last bits.
+def decay_parts(x):
+    """e^{-x} for x >= 0 as kept + loss, of which one is exact and the other right to its own last bits.
 
-    A state that is carried on is S + S * decay_loss(s n). The float32 nearest to e^{-s n} would not do: what it is off
-    by is the same at every block, and over a million tokens of slow decay adds up to 1e-3.
+    What is carried on is S kept + S loss. The float32 nearest to a slow e^{-s n} would not do: what it is off by is the
+    same at every block, and over a million tokens adds up to 1e-3. Nor would 1 + loss for a fast one, as a large state
+    would leave behind what the loss is off by.
     """
     series = 1.0 - x * (1 / 8)
     series = 1.0 - x * (1 / 7) * series
@@ -29,7 +30,8 @@ def decay_loss(x):
     series = 1.0 - x * (1 / 4) * series
     series = 1.0 - x * (1 / 3) * series
     series = 1.0 - x * (1 / 2) * series
-    return tl.where(x < 0.25, -x * series, tl.exp(-x) - 1.0)
+    slow = x < 0.25
+    return tl.where(slow, 1.0, tl.exp(-x)), tl.where(slow, -x * series, 0.0)
 
 
 @triton.jit
@@ -65,7 +67,8 @@ def carry_on(S, k, v, n, s, factor, LAG: tl.constexpr):
     # accumulator, always downwards. Besides, Triton up to 3.7 miscompiles for Blackwell an accumulator that the loop also
     # scales and reads (triton-lang/triton#10993). An fma, as the compiler would merge a sum into the accumulator again.
     product = dot(tl.trans(k), (v * added[:, None]).to(v.dtype))
-    return S + tl.fma(S, tl.zeros_like(S) + decay_loss(s * n), product)
+    kept, loss = decay_parts(s * n)
+    return tl.fma(S, tl.zeros_like(S) + kept, tl.fma(S, tl.zeros_like(S) + loss, product))
 
 
 @triton.jit
@@ -84,7 +87,7 @@ def advance(x, tokens: tl.constexpr):
 
 
 @triton.jit
-def below(dim: tl.constexpr, column, width: tl.constexpr):
+def below(dim, column, width: tl.constexpr):
     """Which of `width` columns from `column` on exist, [1, width]."""
     return (column + tl.arange(0, width) < dim)[None, :]
 

@@ -9,7 +9,7 @@ In place: slot g + 1 holds E_g before and S_{g+1} after (backward in time, slot 
 import triton
 import triton.language as tl
 
-from .primitives import decay_loss, ended, program_index, segment_span
+from .primitives import decay_parts, ended, program_index, segment_span
 
 
 @triton.jit
@@ -48,5 +48,6 @@ def scan_kernel(
             through &= passes_through(cu_seqlens, sequences, begin, end)
         at += -stride if REVERSE else stride
         E = tl.load(at, mask=x < SIZE, other=0.0)
-        S = tl.where(through, S + S * decay_loss(s * (end - begin)), 0.0) + E
+        kept, loss = decay_parts(s * (end - begin))
+        S = tl.where(through, S * kept + S * loss, 0.0) + E
         tl.store(at, S, mask=x < SIZE)
