@@ -46,13 +46,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         backend = parameters.get("variant", parameters.get("backend"))
         if backend not in BACKENDS:
             return False
+        if backend in ON_CPU:  # they take all there is
+            return False
         if (dtype := parameters.get("dtype")) in DTYPES and dtype not in dtypes_of(backend):
             return True
-        return backend not in ON_CPU and parameters.get("threads", 0) > fewest.get(item.function, 0)
+        return parameters.get("threads", 0) > fewest.get(item.function, 0)
 
-    left_out = [item for item in items if idle(item)]
+    kept, left_out = [], []
+    for item in items:
+        (left_out if idle(item) else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    items[:] = kept
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:

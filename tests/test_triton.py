@@ -24,6 +24,7 @@ from support import (
     poisoned_memory,
     run,
     run_norm,
+    truth,
 )
 
 from lightning_attn import lightning_attention, lightning_attention_decode
@@ -336,3 +337,12 @@ def test_a_slow_decay_keeps_its_rate_over_many_decoded_tokens():
     state = torch.zeros(1, 1, 16, 16, device=on_device[0].device)
     lightning_attention_decode(*on_device, state, backend="triton")
     assert relative_error(state, truth) < 2e-6
+
+
+@pytest.mark.parametrize("rate", [8.0, 12.0, 15.0])
+def test_what_a_fast_decay_leaves_of_a_gradient_does_not_underflow(rate):
+    """Row 16: in float16 lambda and the scale would be too small for the operand of a product."""
+    x = make_inputs(B=2, T=66, H=1, dtype=torch.float16, rates=(rate,), scale=0.25)
+    x = replace(x, dstate=torch.zeros_like(x.dstate))
+    actual, exact = run(x, "triton")["dinitial_state"], truth(x)["dinitial_state"]
+    assert ((actual - exact).abs().max() / exact.abs().max()).item() < 1e-3

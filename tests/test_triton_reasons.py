@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import INTERPRETED, assert_same_bits, make_inputs, plain_environment
+from support import INTERPRETED, assert_same_bits, dtypes_of, make_inputs, plain_environment
 
 import lightning_attn
 from lightning_attn import available_backends, gated_rms_norm, lightning_attention, lightning_attention_decode
@@ -130,7 +130,7 @@ BROKEN_TRITON = WITHOUT_TRITON.replace("ModuleNotFoundError", "ImportError").rep
 def test_a_triton_that_does_not_load_is_a_reason() -> None:
     """Row 25: as one that is not there."""
     reason, *errors = python(BROKEN_TRITON + CALLS + STATUS + 'refusals("triton")').splitlines()
-    assert reason != "ok" and len(errors) == 3
+    assert reason == "Triton does not load: libtriton does not load" and len(errors) == 3
 
 
 # ---- what it does not take ------------------------------------------------------------------------------------
@@ -157,6 +157,19 @@ def test_a_call_that_it_does_not_take_raises_with_the_reason(options: dict, says
         lightning_attention_decode(x.q, x.k, x.v, x.decay, state, backend="triton")
     assert_same_bits(state, x.initial_state)
     assert lightning_attention(x.q, x.k, x.v, x.decay).isfinite().all()
+
+
+@interpreted
+def test_the_dtypes_of_the_interpreter() -> None:
+    """Row 1: what the suite checks of these kernels here, neither more nor less."""
+    assert dtypes_of("triton") == [torch.float32, torch.float16]
+
+
+@needs_triton
+def test_a_triton_that_is_too_old_is_a_reason() -> None:
+    """Row 25: before anything of it is used."""
+    old = "import sys, types\nsys.modules['triton'] = types.SimpleNamespace(__version__='3.2.0')\n"
+    assert python(old + CALLS + STATUS).strip() == "it needs Triton 3.6 or later, not 3.2.0"
 
 
 @interpreted

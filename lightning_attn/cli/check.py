@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 
 import click
@@ -47,7 +48,6 @@ def check(backend: str | None, json_path: Path | None) -> None:
     """
     backends = report.backends(backend)
     console = report.console()
-    device = torch.device("cpu")
     rows: list[Row] = []
     left_out: Counter[tuple[str, str]] = Counter()  # backend and reason
     cases = list(check_cases())
@@ -55,9 +55,10 @@ def check(backend: str | None, json_path: Path | None) -> None:
         task = progress.add_task("check", total=len(cases))
         for case in cases:
             progress.update(task, description=f"{case.op} {dtype_name(case.dtype)}")
-            reasons = {backend: _reasons(backend, case, device) for backend in backends}
-            left_out.update((backend, reason) for backend, reason in reasons.items() if reason)
-            rows += _judge(case, [backend for backend in backends if not reasons[backend]], device)
+            for device, group in groupby(backends, _device):
+                reasons = {backend: _reasons(backend, case, device) for backend in group}
+                left_out.update((backend, reason) for backend, reason in reasons.items() if reason)
+                rows += _judge(case, [backend for backend, reason in reasons.items() if not reason], device)
             progress.advance(task)
     console.print(_table(rows))
     failures = [row for row in rows if not row.verdict.ok]
@@ -72,6 +73,12 @@ def check(backend: str | None, json_path: Path | None) -> None:
         report.write_json(json_path, [row.as_json() for row in rows])
     if failures or not rows:
         raise SystemExit(1)
+
+
+def _device(backend: str) -> torch.device:
+    """Where a backend is judged: those that are made for GPUs there, if there is one."""
+    on_gpu = backend in ("triton", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def _reasons(backend: str, case: Case, device: torch.device) -> str:

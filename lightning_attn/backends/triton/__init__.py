@@ -10,8 +10,12 @@ from torch import Tensor
 
 try:
     import triton
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise ImportError("Triton is not installed (it comes with the extra `gpu`)") from error
+except ImportError as error:
+    raise ImportError(f"Triton does not load: {error}") from error
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+    raise ImportError(f"it needs Triton 3.6 or later, not {triton.__version__}")
 
 from ...dispatch import Spec, accumulation_dtype
 from . import attention, decode, gated_rms_norm

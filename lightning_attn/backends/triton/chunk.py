@@ -26,6 +26,7 @@ from .primitives import (
     carry_on,
     causal_decay,
     dot,
+    first_state,
     locate_piece,
     program_index,
     rows,
@@ -51,12 +52,8 @@ def sweep(
     row_k, column_v = tl.arange(0, BLOCK_K), column + tl.arange(0, BLOCK_V)
     in_k, in_v = below(K, 0, BLOCK_K), below(V, column, BLOCK_V)
     in_state = (row_k < K)[:, None] & in_v
-    S = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    if initial is not None:
-        S += tl.load(state_tile(initial, n, head, row_k, column_v), mask=in_state & starts, other=0.0)
-    if entering is not None:
-        at = batch * segments + segment
-        S += tl.load(state_tile(entering, at, head, row_k, column_v), mask=in_state & (not starts), other=0.0)
+    slot = batch * segments + segment
+    S = first_state(initial, entering, n, slot, head, row_k, column_v, in_state, starts)
 
     s = tl.load(decay + head)
     i = tl.arange(0, BLOCK)
@@ -80,7 +77,7 @@ def sweep(
         p = dot(qb, tl.trans(kb)) * D  # [C, C]
         ob = dot(p.to(vb.dtype), vb, ob)
         tl.store(op, ob.to(vb.dtype), mask=live & in_v)
-        S = carry_on(S, kb, vb, m, s, scale if REVERSE else 1.0, LAG)
+        S = carry_on(S, kb, vb, m, s, scale, LAG)
         qp += advance(q, step)
         kp += advance(k, step)
         vp += advance(v, step)

@@ -4,8 +4,8 @@
     R <- lambda^n R + Q^T (scale dO o lambda^(n-i))
 
 with i counted from the block's last token, D and its scale as in `chunk`, and R [K, V] the gradient of the state. Where
-it does not, programs side by side make dK and dV, column by column, each with `chunk.sweep`, and find most operands in
-the L2 cache. Either way memory moves q, k, v, do, dk and dv once: 1536 B a token and head at K = V = 128 in 16 bits. With
+it does not, programs side by side make a tile of columns each, of dK or of dV, with `chunk.sweep`, and find most operands
+in the L2 cache. Either way memory moves q, k, v, do, dk and dv once: 1536 B a token and head at K = V = 128 in 16 bits. With
 the 1024 of dq, which is a sweep forward in time, the backward comes to 2560 B.
 """
 
@@ -19,6 +19,7 @@ from .primitives import (
     carry_on,
     causal_decay,
     dot,
+    first_state,
     locate_piece,
     program_index,
     rows,
@@ -50,12 +51,8 @@ def chunk_backward_kernel(
     row_k, column_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     in_k, in_v = below(K, 0, BLOCK_K), below(V, 0, BLOCK_V)
     in_state = (row_k < K)[:, None] & in_v
-    R = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    if dstate is not None:
-        R += tl.load(state_tile(dstate, n, head, row_k, column_v), mask=in_state & starts, other=0.0)
-    if entering is not None:
-        at = batch * segments + segment
-        R += tl.load(state_tile(entering, at, head, row_k, column_v), mask=in_state & (not starts), other=0.0)
+    slot = batch * segments + segment
+    R = first_state(dstate, entering, n, slot, head, row_k, column_v, in_state, starts)
 
     s = tl.load(decay + head)
     i = tl.arange(0, BLOCK)

@@ -7,7 +7,16 @@ enters the segment is for `scan`. k and v are read once: 512 B a token and head 
 import triton
 import triton.language as tl
 
-from .primitives import advance, below, carry_on, locate_crossing, program_index, rows, state_tile
+from .primitives import (
+    advance,
+    below,
+    carry_on,
+    first_state,
+    locate_crossing,
+    program_index,
+    rows,
+    state_tile,
+)
 
 
 @triton.jit(do_not_specialize=["programs", "tokens", "sequences", "segments", "length"])
@@ -36,9 +45,7 @@ def chunk_state_kernel(
     row_k, column_v = tl.arange(0, BLOCK_K), column + tl.arange(0, BLOCK_V)
     in_k, in_v = below(K, 0, BLOCK_K), below(V, column, BLOCK_V)
     in_state = (row_k < K)[:, None] & in_v
-    S = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    if initial is not None:
-        S += tl.load(state_tile(initial, n, head, row_k, column_v), mask=in_state & starts, other=0.0)
+    S = first_state(initial, None, n, 0, head, row_k, column_v, in_state, starts)
 
     s = tl.load(decay + head)
     i = tl.arange(0, BLOCK)
@@ -52,7 +59,7 @@ def chunk_state_kernel(
         live = (i < m)[:, None]
         kb = tl.load(kp, mask=live & in_k, other=0.0)  # [C, K]
         vb = tl.load(vp, mask=live & in_v, other=0.0)  # [C, V]
-        S = carry_on(S, kb, vb, m, s, scale if REVERSE else 1.0, 1 if REVERSE else 0)
+        S = carry_on(S, kb, vb, m, s, scale, 1 if REVERSE else 0)
         kp += advance(k, step)
         vp += advance(v, step)
 

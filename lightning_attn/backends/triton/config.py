@@ -67,8 +67,9 @@ def power_of_two(n: int) -> int:
 # ---- attention ---------------------------------------------------------------------------------------------------
 #
 # A program keeps a state tile [key, value], outputs [block, value] and decays [block, block] in float32 registers: 255 of
-# them a thread on NVIDIA, 512 on AMD. The tiles below are the largest that the compiler fits in without spilling
-# (`python -m benchmarks.compile_report`): the wider the tile, the fewer programs read the same rows again.
+# them a thread on NVIDIA, 512 on AMD. The tiles below are the largest that the compiler fits in without spilling at
+# K = V = 64, 96, 128 and 256 (`python -m benchmarks.compile_report`; float32 gradients at 256 spill all the same): the
+# wider the tile, the fewer programs read the same rows again.
 #
 #   wgmma     Hopper and datacentre Blackwell multiply from shared memory, 64 rows at a time or more: blocks of 64.
 #   mma       Ampere, Ada and consumer Blackwell multiply from registers: blocks of 32, of 16 where the state is large.

@@ -56,19 +56,35 @@ def state_tile(x, row, head, i, j):
 
 
 @triton.jit
-def carry_on(S, k, v, n, s, factor, LAG: tl.constexpr):
+def carry_on(S, k, v, n, s, scale, LAG: tl.constexpr):
     """The state after a block of n tokens, k [C, K] and v [C, V], whose rows past n are zero:
 
-    lambda^n S + factor K^T (V o lambda^(n - 1 + LAG - j))
+    lambda^n S + K^T (V o lambda^(n-1-j)), and with LAG 1, backward in time, lambda^n S + scale lambda K^T (V o lambda^(n-1-j))
     """
     j = tl.arange(0, k.shape[0])
-    added = tl.exp(-s * tl.maximum(n - 1 + LAG - j, 0)) * factor
+    added = tl.exp(-s * tl.maximum(n - 1 - j, 0))
     # The product is summed apart, not onto the state: tensor cores cut off what they add at the magnitude of their
     # accumulator, always downwards. Besides, Triton up to 3.7 miscompiles for Blackwell an accumulator that the loop also
     # scales and reads (triton-lang/triton#10993). An fma, as the compiler would merge a sum into the accumulator again.
+    # The lag and the factor come after it: float16 would underflow.
     product = dot(tl.trans(k), (v * added[:, None]).to(v.dtype))
+    if LAG == 1:
+        product *= scale * tl.exp(-s)
     kept, loss = decay_parts(s * n)
     return tl.fma(S, tl.zeros_like(S) + kept, tl.fma(S, tl.zeros_like(S) + loss, product))
+
+
+@triton.jit
+def first_state(initial, entering, n, slot, head, i, j, mask, starts):
+    """The state before a piece: that of sequence n if it `starts` there, else the one that enters segment `slot`; each
+    may be None, and is zero then.
+    """
+    S = tl.zeros(mask.shape, tl.float32)
+    if initial is not None:
+        S += tl.load(state_tile(initial, n, head, i, j), mask=mask & starts, other=0.0)
+    if entering is not None:
+        S += tl.load(state_tile(entering, slot, head, i, j), mask=mask & (not starts), other=0.0)
+    return S
 
 
 @triton.jit
