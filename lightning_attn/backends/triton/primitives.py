@@ -167,12 +167,14 @@ def locate_piece(cu_seqlens, unit, tokens, sequences, segments, length):
         return batch, batch, segment, begin, end, begin == 0, end == tokens
     else:
         n = document_of_piece(cu_seqlens, sequences, unit, length)
-        begin, end = segment_span(unit - n, length, tokens)
+        # Of offsets that fall, too, there must be such a segment.
+        segment = tl.minimum(tl.maximum(unit - n, 0), segments - 1)
+        begin, end = segment_span(segment, length, tokens)
         first, stop = document_span(cu_seqlens, n, tokens)
         extra = (first >= end) & (stop > end)
         starts, ends = first >= begin, stop <= end
         begin, end = tl.maximum(begin, first), tl.minimum(end, stop)
-        return tl.zeros_like(n), n, unit - n, tl.where(extra, end + 1, begin), end, starts, ends
+        return tl.zeros_like(n), n, segment, tl.where(extra, end + 1, begin), end, starts, ends
 
 
 @triton.jit
