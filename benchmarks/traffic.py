@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_attn.backends.triton import catalogue
+from lightning_attn.backends.triton.attention import crossing_bytes
 from lightning_attn.backends.triton.catalogue import Shape
 from lightning_attn.backends.triton.config import Arch
 from lightning_attn.backends.triton.launch import Launch
@@ -97,11 +98,5 @@ def _segment_states(launch: Launch) -> int:
     if entering is None:
         return 0
     if launch.name == "scan":
-        return 2 * _all_but_first(entering, launch)
-    return _all_but_first(entering[0], launch)
-
-
-def _all_but_first(entering: torch.Tensor, launch: Launch) -> int:
-    """Of each chain of segments; nothing enters the first."""
-    segments = launch.arguments["segments"]
-    return entering.nbytes // segments * (segments - 1)
+        return launch.bytes
+    return crossing_bytes(entering[0], launch.arguments["segments"])

@@ -320,21 +320,21 @@ def test_bytes_are_those_of_the_loads_and_stores(counts: list[dict[str, Any]]) -
 
 
 def test_bytes_of_segments(counts: list[dict[str, Any]]) -> None:
-    """Never less than what is moved; more by what a launch cannot know, or hardly cares about: the state that enters a
-    first segment, a last segment that is shorter, documents that end in a segment.
+    """Never less than what is moved; more by what a launch cannot know, or hardly cares about: a last segment that is
+    shorter, documents that end in a segment.
     """
     split = [row for row in counts if "split" in row["call"]]
     assert {row["kernel"] for row in split} >= {"chunk", "chunk_state", "scan", "chunk_backward_split"}
     for row in split:
         assert 0.7 * row["said"]["bytes"] <= row["done"]["bytes"] <= row["said"]["bytes"], row
-        if row["kernel"] == "scan" or (row["kernel"] == "chunk_state" and row["call"].endswith("split")):
+        if row["kernel"] == "scan" or row["call"].endswith("split"):
             assert row["done"]["bytes"] == row["said"]["bytes"], row
 
 
 def test_what_is_read_again(counts: list[dict[str, Any]]) -> None:
     """By the programs of other columns; the states that two halves of a launch read are not counted."""
     for row in counts:
-        if row["kernel"] in ("chunk", "chunk_state", "decode"):
+        if row["kernel"] in ("chunk", "chunk_state", "decode") or row["kernel"].startswith("gated_rms_norm"):
             assert row["done"]["again"] == row["said"]["again"], row
     for row in counts:
         if row["kernel"] == "chunk_backward_split" and row["call"] in (

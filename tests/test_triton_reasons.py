@@ -92,7 +92,7 @@ def test_with_the_interpreter_a_named_backend_runs_on_cpu_tensors() -> None:
     code = """
 print(lightning_attn.available_backends()["triton"])
 for named, plain in zip(calls("triton"), calls("reference")):
-    assert torch.allclose(named(), plain(), atol=1e-5)
+    torch.testing.assert_close(named(), plain())
 assert "lightning_attn.backends.triton" in sys.modules
 """
     assert python(CALLS + code, TRITON_INTERPRET="1").split() == ["ok"]

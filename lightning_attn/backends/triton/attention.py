@@ -121,7 +121,7 @@ def backward(
     }
     constants = {"K": K, "V": V, "BLOCK": tiles.block}
     tokens = B * T * H
-    bytes = tokens * 3 * (K + V) * size + _state_bytes(dstate, entering, dinitial)
+    bytes = tokens * 3 * (K + V) * size + _state_bytes(dstate, dinitial) + crossing_bytes(entering, cut.count)
     key, value, block = config.power_of_two(K), config.power_of_two(V), tiles.block
     if whole:
         constants |= {"BLOCK_K": key, "BLOCK_V": value}
@@ -165,7 +165,9 @@ def _sweep(x: Sweep, call: Call) -> list[Launch]:
         },
         {"K": K, "V": V, **_blocks(tiles), "REVERSE": x.reverse},
         tiles,
-        bytes=tokens * 2 * (K + V) * size + _state_bytes(x.initial, entering, x.final),
+        bytes=tokens * 2 * (K + V) * size
+        + _state_bytes(x.initial, x.final)
+        + crossing_bytes(entering, cut.count),
         again=tokens * 2 * K * size * (columns - 1),
         flops=tokens * columns * (2 * tiles.block * (tiles.key + tiles.value) + 4 * tiles.key * tiles.value),
     )
@@ -183,7 +185,7 @@ def _entering(
     tiles = call.tiles(config.chunk_state, K, V, k)
     columns = -(-V // tiles.value)
     entering = k.new_empty((B * cut.count, H, K, V), dtype=torch.float32)
-    written = B * (cut.count - 1) * H * K * V * 4
+    written = crossing_bytes(entering, cut.count)
     programs = B * (cut.count - 1) * H * columns
     tokens = B * min(T, (cut.count - 1) * cut.length) * H
     states = Launch(
@@ -219,6 +221,11 @@ def _entering(
 
 def _blocks(tiles: Tiles) -> dict[str, int]:
     return {"BLOCK": tiles.block, "BLOCK_K": tiles.key, "BLOCK_V": tiles.value}
+
+
+def crossing_bytes(entering: Tensor | None, segments: int) -> int:
+    """Of the states that one segment leaves to the next: none enters the first of a chain."""
+    return 0 if entering is None else entering.nbytes // segments * (segments - 1)
 
 
 def _state_bytes(*states: Tensor | tuple | None) -> int:

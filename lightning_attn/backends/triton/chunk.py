@@ -31,6 +31,7 @@ from .primitives import (
     program_index,
     rows,
     state_tile,
+    tile_head_unit,
 )
 
 
@@ -103,10 +104,8 @@ def chunk_kernel(
     index = program_index()
     if index >= programs:
         return
-    tiles: tl.constexpr = tl.cdiv(V, BLOCK_V)
-    column = (index % tiles).to(tl.int32) * BLOCK_V
-    head = (index // tiles % heads).to(tl.int32)
-    unit = (index // tiles // heads).to(tl.int32)
+    tile, head, unit = tile_head_unit(index, tl.cdiv(V, BLOCK_V), heads)
+    column = tile * BLOCK_V
     sweep(
         q, k, v, o, decay, initial, entering, final, cu_seqlens, scale,
         unit, column, head, tokens, sequences, segments, length,

@@ -24,6 +24,7 @@ from .primitives import (
     program_index,
     rows,
     state_tile,
+    tile_head_unit,
 )
 
 
@@ -43,8 +44,7 @@ def chunk_backward_kernel(
     index = program_index()
     if index >= programs:
         return
-    head = (index % heads).to(tl.int32)
-    unit = (index // heads).to(tl.int32)
+    _, head, unit = tile_head_unit(index, 1, heads)
     batch, n, segment, begin, end, ends, starts = locate_piece(
         cu_seqlens, unit, tokens, sequences, segments, length
     )
@@ -131,9 +131,7 @@ def chunk_backward_split_kernel(
         return
     tiles_k: tl.constexpr = (K + TILE - 1) // TILE
     tiles_v: tl.constexpr = (V + TILE - 1) // TILE
-    tile = (index % (tiles_k + tiles_v)).to(tl.int32)
-    head = (index // (tiles_k + tiles_v) % heads).to(tl.int32)
-    unit = (index // (tiles_k + tiles_v) // heads).to(tl.int32)
+    tile, head, unit = tile_head_unit(index, tiles_k + tiles_v, heads)
     # Chosen by value, not by a branch: of two loops the compiler would keep the buffers of both.
     to_v = tile < tiles_v
     sweep(

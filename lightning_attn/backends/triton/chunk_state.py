@@ -16,6 +16,7 @@ from .primitives import (
     program_index,
     rows,
     state_tile,
+    tile_head_unit,
 )
 
 
@@ -33,10 +34,8 @@ def chunk_state_kernel(
     index = program_index()
     if index >= programs:
         return
-    tiles: tl.constexpr = tl.cdiv(V, BLOCK_V)
-    column = (index % tiles).to(tl.int32) * BLOCK_V
-    head = (index // tiles % heads).to(tl.int32)
-    unit = (index // tiles // heads).to(tl.int32)
+    tile, head, unit = tile_head_unit(index, tl.cdiv(V, BLOCK_V), heads)
+    column = tile * BLOCK_V
     batch, n, segment, begin, end, starts, crosses = locate_crossing(
         cu_seqlens, unit, tokens, sequences, segments, length, REVERSE
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import config
 from .config import Arch
 from .launch import Launch, operand
-from .primitives import advance, decay_parts, program_index, state_tile
+from .primitives import advance, decay_parts, program_index, state_tile, tile_head_unit
 
 
 # T = 1 is compiled without the loop; whether T is a multiple of 16 is no matter.
@@ -31,11 +31,9 @@ def decode_kernel(
     index = program_index()
     if index >= programs:
         return
-    tiles: tl.constexpr = tl.cdiv(V, BLOCK_V)
-    i, j = tl.arange(0, BLOCK_K), (index % tiles).to(tl.int32) * BLOCK_V + tl.arange(0, BLOCK_V)
-    head = (index // tiles % heads).to(tl.int32)
-    batch = index // tiles // heads
-    row = batch if slots is None else tl.load(slots + batch).to(tl.int64)
+    tile, head, batch = tile_head_unit(index, tl.cdiv(V, BLOCK_V), heads)
+    i, j = tl.arange(0, BLOCK_K), tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    row = (batch if slots is None else tl.load(slots + batch)).to(tl.int64)
     live = (row >= 0) & (row < states)  # any other row is padding: its output is zero
     in_state = (i < K)[:, None] & (j < V)[None, :] & live
     at = state_tile((state[0], state[1], state[2], V, 1), row, head, i, j)
@@ -60,7 +58,7 @@ def decode_kernel(
 @triton.jit
 def _token(x, batch, head):
     """Pointer to the first token of an operand."""
-    return x[0] + batch * x[1] + head.to(tl.int64) * x[3]
+    return x[0] + batch.to(tl.int64) * x[1] + head.to(tl.int64) * x[3]
 
 
 def launches(

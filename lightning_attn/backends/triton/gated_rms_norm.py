@@ -153,6 +153,7 @@ def forward(
             {"D": D, "ROWS": tiles.block, "BLOCK_D": tiles.value},
             tiles,
             bytes=3 * y.nbytes + rstd.nbytes + weight.nbytes,
+            again=(programs - 1) * weight.nbytes,
             flops=rows * D * 8,
         )
     ]
@@ -197,6 +198,7 @@ def backward(
         {"D": D, "ROWS": tiles.block, "BLOCK_D": tiles.value, "COMPENSATED": share.compensated},
         tiles,
         bytes=5 * dx.nbytes + rstd.nbytes + weight.nbytes + partial.nbytes,
+        again=(parts * share.rows // tiles.block - 1) * weight.nbytes,
         flops=rows * D * 18,
     )
     tiles = config.norm_dweight(arch)

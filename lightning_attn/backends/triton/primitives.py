@@ -16,6 +16,15 @@ def program_index():
 
 
 @triton.jit
+def tile_head_unit(index, tiles: tl.constexpr, heads):
+    """What program `index` is for: a tile of columns, a head, and a piece or batch row, all 32-bit. Tiles are next to each
+    other, as they read the same rows.
+    """
+    rest = index // tiles
+    return (index % tiles).to(tl.int32), (rest % heads).to(tl.int32), (rest // heads).to(tl.int32)
+
+
+@triton.jit
 def decay_parts(x):
     """e^{-x} for x >= 0 as kept + loss, of which one is exact and the other right to its own last bits.
 

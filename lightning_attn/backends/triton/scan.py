@@ -9,7 +9,7 @@ In place: slot g + 1 holds E_g before and S_{g+1} after (backward in time, slot 
 import triton
 import triton.language as tl
 
-from .primitives import decay_parts, ended, program_index, segment_span
+from .primitives import decay_parts, ended, program_index, segment_span, tile_head_unit
 
 
 @triton.jit
@@ -31,14 +31,12 @@ def scan_kernel(
     index = program_index()
     if index >= programs:
         return
-    tiles: tl.constexpr = tl.cdiv(SIZE, BLOCK)
-    x = (index % tiles).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
-    head = index // tiles % heads
-    chain = index // tiles // heads
+    tile, head, chain = tile_head_unit(index, tl.cdiv(SIZE, BLOCK), heads)
+    x = tile * BLOCK + tl.arange(0, BLOCK)
     s = tl.load(decay + head)
     stride = tl.cast(heads, tl.int64) * SIZE
     first = segments - 1 if REVERSE else 0
-    at = entering + (chain * segments + first) * stride + head * SIZE + x
+    at = entering + (chain * segments + first) * stride + head.to(tl.int64) * SIZE + x
     S = tl.zeros([BLOCK], tl.float32)
     for step in range(1, segments):
         left = segments - step if REVERSE else step - 1  # the segment whose end state this is
