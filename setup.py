@@ -1,10 +1,13 @@
 """Builds lightning_attn._C from csrc/. Needs a C++17 compiler and pybind11; neither torch nor a network.
 
-Each kernel is one source, compiled once for every instruction set; csrc/cpu/dispatch.cpp chooses at run time.
+Each CPU kernel is one source, compiled once for every instruction set; csrc/cpu/dispatch.cpp chooses at run time. The CUDA
+kernel goes along as source, for NVRTC, and where there is nvcc also as machine code.
 """
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,13 +18,14 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
 KERNELS = ["chunk_forward", "chunk_backward", "decode", "gated_rms_norm", "table"]
-BASELINE = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/runtime.cpp"]
+BASELINE = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/runtime.cpp", "csrc/cuda/emulator.cpp"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # GCC 12 takes the undefined lanes inside its own AVX-512 intrinsics for uninitialised variables.
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
-
+CUDA_ARCHS = ["80", "90a", "100a"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-ftz=true"]  # as in lightning_attn/backends/cuda.py
 
 MSVC = sys.platform == "win32"
 FLAGS = ["/O2", "/openmp"] if MSVC else ["-O3", "-fno-math-errno"]
@@ -72,6 +76,43 @@ class build_kernels(build_ext):
                 depends=ext.depends,
             )
         super().build_extension(ext)
+        self.build_cuda(Path(self.build_lib, "lightning_attn", "_cuda"))
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        shutil.copytree(
+            Path(self.build_lib, "lightning_attn", "_cuda"), "lightning_attn/_cuda", dirs_exist_ok=True
+        )
+
+    def build_cuda(self, folder: Path) -> None:
+        """step.cu beside the extension, and step.fatbin for as many architectures as nvcc knows."""
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy("csrc/cuda/step.cu", folder)
+        fatbin = folder / "step.fatbin"
+        fatbin.unlink(missing_ok=True)
+        homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+        nvcc = shutil.which("nvcc", path=os.pathsep.join(f"{home}/bin" for home in homes)) or shutil.which(
+            "nvcc"
+        )
+        archs = CUDA_ARCHS if nvcc else []
+        while archs:
+            codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+            command = [
+                nvcc,
+                "-fatbin",
+                *NVCC_FLAGS,
+                "--threads=0",
+                *codes,
+                "csrc/cuda/step.cu",
+                "-o",
+                str(fatbin),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                break
+            archs = archs[:-1]  # nvcc may be older than the last
+            if not archs:
+                print(f"lightning_attn: nvcc failed; NVRTC will compile\n{done.stderr}", file=sys.stderr)
 
 
 extension = Pybind11Extension(

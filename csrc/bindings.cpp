@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/runtime.h"
+#include "cuda/emulator.h"
 #include "lightning.h"
 
 namespace py = pybind11;
@@ -150,4 +151,10 @@ PYBIND11_MODULE(_C, m) {
           p.grad_weight = address(grad_weight);
           launch(active->gated_rms_norm_backward, p);
         });
+
+  m.def("can_emulate_cuda", &can_emulate, "Whether this build can run the kernels of csrc/cuda on the CPU.");
+  m.def("emulate_cuda", [](const std::string& name, int64_t blocks, size_t shared, const std::string& parameters) {
+    const py::gil_scoped_release released;
+    emulate(name.c_str(), blocks, shared, parameters.data(), parameters.size());
+  });
 }

@@ -1,6 +1,7 @@
 """The kernels, behind one interface. A backend is imported when it is first asked for, never before.
 
-Every backend module exports the same raw functions: tensors in, tensors out, no autograd, no validation.
+Every backend module exports the same raw functions, or those of them that it has a kernel for ("cuda" has decode only):
+tensors in, tensors out, no autograd, no validation.
 Outputs are contiguous and alias no input.
 
     unavailable() -> str | None                 # why it can run nothing on this machine
@@ -46,8 +47,6 @@ def threads() -> int:
 
 def load(name: str) -> ModuleType:
     """The backend module `name`, imported; ImportError says why it is not there."""
-    if name == "cuda":
-        raise ImportError("this version has no CUDA kernels")
     module = importlib.import_module(f"{__name__}.{name}")
     if reason := module.unavailable():
         raise ImportError(reason)
