@@ -1,21 +1,25 @@
-"""Rewrites the README's table of measurements from a result of `lightning-attn bench --compare --json`.
+"""Rewrites the README's figures: of a CPU from a result of `lightning-attn bench --compare --json`, of a GPU from one of
+`python -m benchmarks.gpu`, if there is one.
 
-python benchmarks/readme_table.py [RESULT.json]            # writes between the markers
-python benchmarks/readme_table.py [RESULT.json] --check    # exits with 1 if the README says anything else
+python -m benchmarks.readme_table [RESULT.json] [--gpu GPU.json]     # writes between the markers
+python -m benchmarks.readme_table --check                            # exits with 1 if the README says anything else
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import readme as gpu
+
 BENCHMARKS = Path(__file__).resolve().parent
 README = BENCHMARKS.parent / "README.md"
 RESULT = BENCHMARKS / "results" / "cpu.json"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+GPU_RESULT = BENCHMARKS / "results" / "gpu.json"
 
 OURS = "lightning_attn"
 # The shapes that the README shows, of all those in the file; the passes and dtypes are the file's.
@@ -90,33 +94,46 @@ def _ratio(ours: Row, theirs: Row | None) -> str:
     return f"{theirs['median_ms'] / ours['median_ms']:.1f}x"
 
 
-def rewritten(readme: str, text: str) -> str:
-    """The README with `text` between its markers."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"README.md has no {BEGIN} … {END}")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+def gpu_section(result: Path) -> str:
+    """What `benchmarks.gpu` makes of a run on a GPU, with those of its plots that lie beside the result."""
+    document = json.loads(result.read_text()) if result.exists() else None
+    plots = [result.parent / name for name in gpu.PLOTS]
+    try:
+        return gpu.section(document, [os.path.relpath(p, README.parent) for p in plots if p.exists()])
+    except ValueError as error:
+        raise SystemExit(f"{result}: {error}") from error
+
+
+def rewritten(readme: str, name: str, text: str) -> str:
+    """The README with `text` between the markers of that name."""
+    begin, end = (f"<!-- {name}:{edge} -->" for edge in ("begin", "end"))
+    before, found, rest = readme.partition(begin)
+    _, found_too, after = rest.partition(end)
+    if not found or not found_too:
+        raise SystemExit(f"README.md has no {begin} … {end}")
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.readme_table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("result", nargs="?", type=Path, default=RESULT)
+    parser.add_argument("--gpu", type=Path, default=GPU_RESULT, help="a run on a GPU (default: %(default)s)")
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit with 1 if the README is stale"
     )
     arguments = parser.parse_args()
-    old = README.read_text()
-    new = rewritten(old, table(json.loads(arguments.result.read_text())))
+    old = README.read_text(encoding="utf-8")
+    new = rewritten(old, "bench", table(json.loads(arguments.result.read_text())))
+    new = rewritten(new, "gpu", gpu_section(arguments.gpu.absolute()))
     if arguments.check:
         if new != old:
-            print(
-                f"README.md is stale: run python {Path(__file__).relative_to(README.parent)}", file=sys.stderr
-            )
+            print(f"README.md is stale: run {parser.prog}", file=sys.stderr)
         return int(new != old)
-    README.write_text(new)
+    README.write_text(new, encoding="utf-8")
     return 0
 
 

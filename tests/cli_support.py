@@ -1,12 +1,15 @@
 """What the tests of the command line share: small cases, a run of one command, and a kernel made wrong."""
 
 import importlib
+import io
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from rich.console import Console
 from support import BACKENDS
 from torch import Tensor
 
@@ -21,6 +24,8 @@ bench_module = importlib.import_module("lightning_attn.cli.bench")
 check_module = importlib.import_module("lightning_attn.cli.check")
 cases_module = importlib.import_module("lightning_attn.cli.cases")
 machine_module = importlib.import_module("lightning_attn.cli.machine")
+peers_module = importlib.import_module("lightning_attn.cli.peers")
+softmax_module = importlib.import_module("lightning_attn.cli.softmax")
 
 needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend was not built")
 
@@ -63,3 +68,24 @@ def off(x: Tensor) -> Tensor:
     x = x.clone()
     x.view(-1)[-1] += 0.1 * x.abs().max()
     return x
+
+
+def measured(*cases: Case, backend: str = "auto", compare: bool = False) -> tuple[list[dict[str, Any]], str]:
+    """The rows of `bench` for these cases on the CPU, in JSON and back, and what it said."""
+    console = Console(file=io.StringIO(), width=400)
+    cpu = torch.device("cpu")
+    document = bench_module.measure(list(cases), backend, cpu, compare=compare, console=console)
+    bench_module.show(document, console)
+    assert isinstance(console.file, io.StringIO)
+    return json.loads(json.dumps(document, allow_nan=False))["rows"], console.file.getvalue()
+
+
+def after(calls: int, then: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` for so many calls, from then on `then` of what it gives."""
+    left = iter(range(calls))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        return result if next(left, None) is not None else then(result)
+
+    return counted

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import plain_environment
@@ -86,36 +87,90 @@ def test_links() -> None:
             assert (ROOT / path).exists(), f"README.md points at {path}"
 
 
-def test_table_is_up_to_date() -> None:
-    """The table of measurements is what benchmarks/readme_table.py makes of the committed result, never
-    typed."""
-    process = python("benchmarks/readme_table.py", "--check", cwd=ROOT)
+SCRIPT = ("-m", "benchmarks.readme_table")
+
+
+def between(name: str, readme: str = README) -> str:
+    """What stands between the markers of that name."""
+    return readme.partition(f"<!-- {name}:begin -->")[2].partition(f"<!-- {name}:end -->")[0].strip()
+
+
+def test_figures_are_up_to_date() -> None:
+    """The figures are what benchmarks/readme_table.py makes of the committed results, never typed."""
+    process = python(*SCRIPT, "--check", cwd=ROOT)
     assert process.returncode == 0, process.stderr
-    table = README.partition("<!-- bench:begin -->")[2].partition("<!-- bench:end -->")[0]
-    assert table.count("\n|") > 6, "the table is empty"
+    assert between("bench").count("\n|") > 6, "the table is empty"
+    measured = (ROOT / "benchmarks" / "results" / "gpu.json").exists()
+    assert between("gpu").endswith("still to be measured.") != measured
 
 
-def test_a_stale_table_is_found(tmp_path: Path) -> None:
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A checkout with no more than the script, its results and the README."""
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    for name in ("__init__.py", "readme_table.py", "results/cpu.json"):
+        shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks" / name)
+    shutil.copytree(ROOT / "benchmarks" / "gpu", tmp_path / "benchmarks" / "gpu")
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    return tmp_path
+
+
+def test_a_stale_table_is_found(copy: Path) -> None:
     """The check itself: one changed figure in the result, or in the README, and it fails; without --check it
     repairs."""
-    (tmp_path / "benchmarks").mkdir()
-    shutil.copy(ROOT / "benchmarks" / "readme_table.py", tmp_path / "benchmarks")
-    readme, result = tmp_path / "README.md", tmp_path / "result.json"
+    readme, result = copy / "README.md", copy / "result.json"
     data = json.loads(RESULT.read_text())
-    script = "benchmarks/readme_table.py"
+    assert python(*SCRIPT, cwd=copy).returncode == 0
+    before = readme.read_text(encoding="utf-8")
+    assert between("bench", before) == between("bench")
 
-    readme.write_text(README, encoding="utf-8")
     result.write_text(json.dumps(data))
-    assert python(script, str(result), "--check", cwd=tmp_path).returncode == 0
+    assert python(*SCRIPT, str(result), "--check", cwd=copy).returncode == 0
     for row in data["rows"]:
         row["median_ms"] = row["median_ms"] and 3 * row["median_ms"]
     result.write_text(json.dumps(data))
-    stale = python(script, str(result), "--check", cwd=tmp_path)
+    stale = python(*SCRIPT, str(result), "--check", cwd=copy)
     assert stale.returncode == 1 and "stale" in stale.stderr
-    assert readme.read_text(encoding="utf-8") == README
-    assert python(script, str(result), cwd=tmp_path).returncode == 0
-    assert python(script, str(result), "--check", cwd=tmp_path).returncode == 0
-    assert readme.read_text(encoding="utf-8") != README
+    assert readme.read_text(encoding="utf-8") == before
+    assert python(*SCRIPT, str(result), cwd=copy).returncode == 0
+    assert python(*SCRIPT, str(result), "--check", cwd=copy).returncode == 0
+    assert readme.read_text(encoding="utf-8") != before
+
+
+def test_figures_of_a_gpu(copy: Path) -> None:
+    """They come from the run's JSON, with those of its plots that are there; a dry run has none."""
+    row = {"op": "attention", "pass": "forward", "dtype": "bfloat16", "bytes": 10**9, "ok": True}
+    row |= {"shape": {"B": 2, "T": 8192, "H": 64, "K": 128, "V": 128}, "asked": "auto", "listed": True}
+    rows = [
+        row | {"provider": "lightning_attn", "backend": "triton", "median_ms": 2.0},
+        row | {"provider": "fla", "backend": "torch", "median_ms": 5.0},
+    ]
+    data: dict[str, Any] = {
+        "dry": False,
+        "device": {"name": "Some GPU", "driver": "1"},
+        "versions": {"torch": "2", "triton": "3"},
+        "date": "2026-01-01T00:00:00+00:00",
+        "copy_bytes_per_s": 1e12,
+        "matrix_flops_per_s": {"bfloat16": 5e14},
+        "results": {"forward": {"rows": rows}},
+    }
+    sys.path.insert(0, str(ROOT))  # the benchmarks are not installed
+    from benchmarks.gpu.targets import judged
+
+    data["targets"] = judged(data)
+    result = copy / "benchmarks" / "results" / "gpu.json"
+    result.write_text(json.dumps(data))
+    (result.parent / "gpu-floor.png").touch()
+    assert python(*SCRIPT, "--check", cwd=copy).returncode == 1
+    assert python(*SCRIPT, cwd=copy).returncode == 0
+    text = between("gpu", (copy / "README.md").read_text(encoding="utf-8"))
+    assert "Some GPU" in text and "copy 1000 GB/s" in text and "bfloat16 500 TFLOP/s" in text
+    assert "| 2 ms | 0.50 | 2.5x |" in text and "(benchmarks/results/gpu-floor.png)" in text
+    assert "gpu-speed" not in text and "met" in text and "missed" in text and "not measured" in text
+
+    result.write_text(json.dumps(data | {"dry": True}))
+    refused = python(*SCRIPT, cwd=copy)
+    assert refused.returncode == 1 and "dry run" in refused.stderr
 
 
 def test_committed_result() -> None:

@@ -2,7 +2,8 @@
 
 Ahead-of-time code for sm_80 (and later 8.x), sm_90a and sm_100a if the build had nvcc. Otherwise, and on other
 architectures, NVRTC compiles a kernel when it is first used, and CuPy keeps it on disk (~/.cupy/kernel_cache,
-CUPY_CACHE_DIR). float32, bfloat16 and float16 inputs, float32 and bfloat16 states, head dims 1 to 256, any T.
+CUPY_CACHE_DIR). float32, bfloat16 and float16 inputs, float32 and bfloat16 states, head dims 1 to 256, any T. Sums are kept
+in float32, with subnormals flushed to zero.
 
 With LIGHTNING_ATTN_EMULATE_CUDA=1 the same source, compiled for the host, runs on CPU tensors thread by thread: slow, for
 checking the kernels without a GPU.

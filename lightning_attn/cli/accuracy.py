@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cases import FORWARD, Case, Tensors
+from .case import BACKWARD, FORWARD, GRAPH, TRAIN, Case, Tensors
 from .eager import Function
 
 
@@ -48,25 +48,33 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
     return (x.double() - truth).abs().max().item() / (largest or 1.0)
 
 
+RAISED_CHARACTERS = 2000  # a compiler may have a lot to say
+# The passes that give the outputs of others by the shortest way, for the truth.
+SHORTEST = {BACKWARD: TRAIN, GRAPH: FORWARD}
+
+
 class Judge:
-    """Knows the truth of one case and what it allows; both are worked out once, whoever is judged."""
+    """Knows the truth of one case and what it allows; both are worked out once, whoever is judged. `pass_` is one
+    that has all the outputs that will be judged.
+    """
 
     def __init__(self, case: Case, inputs: Tensors, pass_: str) -> None:
         self.case, self.inputs, self.pass_ = case, inputs, pass_
-        sample = case.sample(inputs)
-        self.truth = case.evaluate(case.truth, {name: _float64(name, t) for name, t in sample.items()}, pass_)
+        sample, shortest = case.sample(inputs), SHORTEST.get(pass_, pass_)
+        wide = {name: _float64(name, t) for name, t in sample.items()}
+        self.truth = case.judged(case.evaluate(case.truth, wide, shortest))
         self.plain = {
             name: (x.dtype, relative_error(x, self.truth[name]))
-            for name, x in case.evaluate(case.plain, sample, pass_).items()
+            for name, x in case.judged(case.evaluate(case.plain, sample, shortest)).items()
         }
 
-    def verdicts(self, function: Function) -> list[Verdict]:
-        """On a version of the op, output by output. One that raises fails, and stops nothing else."""
+    def verdicts(self, function: Function, pass_: str | None = None) -> list[Verdict]:
+        """On a version of the op at a pass, output by output. One that raises fails, and stops nothing else."""
         try:
-            outputs = self.case.sample(self.case.evaluate(function, self.inputs, self.pass_))
+            outputs = self.case.evaluate(function, self.inputs, pass_ or self.pass_)
+            return [self._verdict(name, x) for name, x in self.case.judged(self.case.sample(outputs)).items()]
         except Exception as error:  # noqa: BLE001 - whatever a backend raises is its verdict
-            return [Verdict("-", math.inf, 0.0, f"{type(error).__name__}: {error}")]
-        return [self._verdict(name, x) for name, x in outputs.items()]
+            return [failed(error)]
 
     def _verdict(self, name: str, x: Tensor) -> Verdict:
         dtype, plain = self.plain[name]
@@ -74,9 +82,9 @@ class Judge:
         return Verdict(name, error, (2 * plain if math.isfinite(plain) else 0.0) + torch.finfo(dtype).eps)
 
 
-def of_pass(verdicts: list[Verdict], pass_: str, case: Case) -> list[Verdict]:
-    """The verdicts that decide on a pass: the forward pass answers for the outputs, not for the gradients."""
-    return [v for v in verdicts if pass_ != FORWARD or v.output not in case.gradients]
+def failed(error: Exception) -> Verdict:
+    """On what raised."""
+    return Verdict("-", math.inf, 0.0, f"{type(error).__name__}: {error}"[:RAISED_CHARACTERS])
 
 
 def _float64(name: str, t: Tensor) -> Tensor:

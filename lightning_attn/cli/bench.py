@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
+from rich.console import Console
 
 from . import machine, report, results, timing
-from .accuracy import Judge, of_pass
-from .cases import Case, dtype_name
-from .eager import Function
+from .accuracy import Judge, Verdict, failed
+from .case import Case, Tensors, dtype_name
 from .machine import Limits
 from .overhead import call_times
-from .peers import OURS, missing_peers, peers
+from .peers import OURS, Peer, missing_peers, peers
 from .results import Row, Timing
 from .suites import DTYPES, OPS, PRESETS, bench_cases
 
 SECONDS_PER_CALL = 1.0  # for timing one provider at one pass of one case; slow calls take longer
+
+Say = Callable[[str], None]
 
 
 @click.command()
@@ -27,7 +32,13 @@ SECONDS_PER_CALL = 1.0  # for timing one provider at one pass of one case; slow 
 @click.option(
     "--preset", type=click.Choice(PRESETS), default="quick", show_default=True, help="Which shapes."
 )
-@click.option("--backend", help="The backend to time.  [default: the one that 'auto' takes]")
+@click.option("--backend", help="The backend to time.  [default: the one that 'auto' takes for each op]")
+@click.option(
+    "--device",
+    "device_name",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Where.  [default: cuda if there is a GPU, unless the backend is cpu]",
+)
 @click.option(
     "--dtype",
     "dtypes",
@@ -36,7 +47,10 @@ SECONDS_PER_CALL = 1.0  # for timing one provider at one pass of one case; slow 
     help="In place of the preset's; repeatable.",
 )
 @click.option(
-    "--compare", is_flag=True, help="Add the peers: eager PyTorch, and transformers if it is installed."
+    "--compare",
+    is_flag=True,
+    help="Add the peers: eager PyTorch, and what is installed of transformers and, on a GPU, "
+    "flash-linear-attention; there also PyTorch's softmax attention, as a yardstick.",
 )
 @report.json_option
 @report.plot_option
@@ -44,6 +58,7 @@ def bench(
     ops: tuple[str, ...],
     preset: str,
     backend: str | None,
+    device_name: str | None,
     dtypes: tuple[str, ...],
     compare: bool,
     json_path: Path | None,
@@ -57,8 +72,8 @@ def bench(
     """
     if plot_dir and not importlib.util.find_spec("matplotlib"):
         raise click.UsageError("--plot needs matplotlib: pip install 'lightning-attn-kernels[bench]'")
-    device = torch.device("cpu")
-    backend = report.one_backend(backend, device)
+    backend = report.one_backend(backend)
+    device = report.device(device_name, backend)
     compared = compare or "module" in ops
     cases = [
         case
@@ -69,66 +84,186 @@ def bench(
         raise click.UsageError(f"preset {preset!r} has no case of {', '.join(ops)}")
 
     console = report.console()
-    limits, timings = Limits(), list[Timing]()
-    with report.progress(console) as progress:
-        task = progress.add_task("bench", total=len(cases))
-        for case in cases:
-            progress.update(task, description=f"{case.op} {dtype_name(case.dtype)}")
-            limits = limits.or_better(machine.measure_limits(case.dtype, device))
-            timings += _time(case, backend, device, compare, progress.console.print)
-            progress.advance(task)
-    rows = [Row.of(timing, limits) for timing in timings]
-    calls = call_times(backend, device) if preset == "full" else {}
-
-    console.print(results.headline(limits, backend), highlight=False)
-    for table in results.times(rows):
-        console.print(table)
-    for op, us in calls.items():
-        console.print(
-            f"{op}: a call costs {us['public'] - us['raw']:.1f} us over the {us['raw']:.1f} us of the backend"
-        )
+    document = measure(cases, backend, device, compare=compare, console=console, call_costs=preset == "full")
+    show(document, console)
     if compare:
-        console.print(results.speed_ups(rows))
-        for note in missing_peers():
-            console.print(note)
+        for note in missing_peers(device):
+            console.print(note, markup=False, highlight=False)
     if json_path:
-        report.write_json(json_path, results.document(limits, calls, rows))
+        report.write_json(json_path, document)
+    rows = results.rows_of(document)
     if plot_dir:
         from .plot import save_plots  # only now: matplotlib is slow to import
 
         for path in save_plots(rows, plot_dir):
             console.print(f"Plot: {path}", highlight=False)
     if not all(row.ok for row in rows if row.provider == OURS):
-        raise click.ClickException("a result is further from float64 than the rule allows and was not timed")
+        raise click.ClickException(
+            "a result of ours is further from float64 than the rule allows, or is none, and was not timed"
+        )
 
 
-def _time(
-    case: Case, backend: str, device: torch.device, compare: bool, say: Callable[[str], None]
-) -> Iterator[Timing]:
+def measure(
+    cases: Sequence[Case],
+    backend: str,
+    device: torch.device,
+    *,
+    compare: bool,
+    console: Console,
+    call_costs: bool = False,
+) -> dict[str, Any]:
+    """Checks and times cases, each at its passes -> the JSON document (`results.document`), without NaN.
+
+    Whatever a case raises is noted in its rows, and the others are measured all the same. A row names the
+    backend that ran it where `backend` is "auto".
+
+    Args:
+        cases: what to time.
+        backend: of ours.
+        device: where all tensors live.
+        compare: also time the peers (`peers.peers`).
+        console: for a progress bar, and to say what is not timed and why.
+        call_costs: also measure what a public call costs over the raw function of its backend.
+    """
+    facts = results.facts(device)  # before anything can break the device
+    limits, timings = Limits(), list[Timing]()
+    calls: dict[str, dict[str, float]] = {}
+    with report.progress(console) as progress:
+
+        def say(text: str) -> None:
+            progress.console.print(text, markup=False, highlight=False)
+
+        task = progress.add_task("bench", total=len(cases))
+        for case in cases:
+            progress.update(task, description=f"{case.op} {dtype_name(case.dtype)}")
+            found: list[Timing] = []
+            try:
+                limits = limits.or_better(machine.measure_limits(case.dtype, device))
+                found.extend(_time(case, backend, device, compare, say))  # what came before an error stays
+            except Exception as error:  # noqa: BLE001 - a case that fails stops no other
+                say(f"{OURS} is not timed at {_where(case)}: {failed(error)}")
+                found += _left_over(case, found, backend, device, error)
+            timings += found
+            _free(device)
+            progress.advance(task)
+        if call_costs:
+            try:
+                calls = call_times(backend, device)
+            except Exception as error:  # noqa: BLE001 - as above
+                say(f"the cost of a call is not measured: {failed(error)}")
+    return results.document(facts, limits, calls, [Row.of(timed, limits) for timed in timings])
+
+
+def show(document: dict[str, Any], console: Console) -> None:
+    """Prints what `measure` gave: limits, a table per op, and how ours compares, if there are others."""
+    rows = results.rows_of(document)
+    console.print(results.headline(document), highlight=False)
+    for table in results.times(rows):
+        console.print(table)
+    for op, us in document["call_us"].items():
+        console.print(
+            f"{op}: a call costs {us['public'] - us['raw']:.1f} us over the {us['raw']:.1f} us of the backend"
+        )
+    if any(row.provider != OURS for row in rows):
+        console.print(results.speed_ups(rows))
+
+
+def _time(case: Case, backend: str, device: torch.device, compare: bool, say: Say) -> Iterator[Timing]:
     """Checks one case, says what fails, and times what passes."""
     inputs = case.inputs(device)
-    judge = Judge(case, inputs, case.passes[-1])
-    functions: dict[str, Function] = {OURS: case.ours(backend)} | (peers(case) if compare else {})
-    verdicts = {provider: judge.verdicts(function) for provider, function in functions.items()}
-    del judge  # the truth of a long sequence takes gigabytes
-    where = f"{case.op} {dtype_name(case.dtype)} {report.shape_name(case.shape)}"
-    for provider in functions:
-        for verdict in verdicts[provider]:
+    providers = {OURS: Peer(case.ours(backend), case)}
+    if compare:
+        try:
+            providers |= peers(case, device)
+        except Exception as error:  # noqa: BLE001 - ours is timed all the same
+            say(f"{_where(case)} is not compared: {failed(error)}")
+    verdicts = _judge(case, inputs, providers)
+    for (provider, pass_), found in verdicts.items():
+        for verdict in found:
             if not verdict.ok:
-                say(f"{provider} is not timed at {where}: {verdict}")
+                say(f"{provider} is not timed at {_where(case, pass_)}: {verdict}")
+    ran_by = report.runs_on(case, backend, device)
     for pass_ in case.passes:
-        judged = {provider: of_pass(verdicts[provider], pass_, case) for provider in functions}
-        passed = [provider for provider in functions if all(v.ok for v in judged[provider])]
-        steps = {provider: case.step(functions[provider], inputs, pass_) for provider in passed}
-        medians = timing.medians(steps, device, SECONDS_PER_CALL)
-        for provider in functions:
+        passed = [name for name in providers if all(v.ok for v in verdicts[name, pass_])]
+        medians, raised = _medians(case, inputs, pass_, {name: providers[name] for name in passed}, device)
+        for name, text in raised.items():
+            say(f"{name} is not timed at {_where(case, pass_)}: {text}")
+        for name in providers:
+            found = verdicts[name, pass_]
             yield Timing(
                 case=case,
                 pass_=pass_,
-                provider=provider,
-                backend=backend if provider == OURS else "torch",
+                provider=name,
+                backend=ran_by if name == OURS else "torch",
                 device=str(device),
-                median_ms=1e3 * medians[provider] if provider in medians else None,
-                error=max(v.error for v in judged[provider]),
-                ok=provider in passed,
+                median_ms=medians.get(name),
+                error=max(v.error for v in found),
+                ok=name in medians,
+                raised=raised.get(name) or next((v.raised for v in found if v.raised), None),
             )
+
+
+def _judge(case: Case, inputs: Tensors, providers: dict[str, Peer]) -> dict[tuple[str, str], list[Verdict]]:
+    """By provider and pass. The truth, which takes gigabytes for a long sequence, is gone when this returns."""
+    verdicts: dict[tuple[str, str], list[Verdict]] = {}
+    judges: dict[type[Case], Judge] = {}
+    for name, peer in providers.items():
+        kind = type(peer.case)
+        try:
+            if kind not in judges:
+                judges[kind] = Judge(peer.case, inputs, peer.case.fullest_pass)
+        except Exception as error:
+            if name == OURS:
+                raise
+            verdicts |= {(name, pass_): [failed(error)] for pass_ in case.passes}
+            continue
+        for pass_ in case.passes:
+            verdicts[name, pass_] = judges[kind].verdicts(peer.function, pass_)
+    return verdicts
+
+
+def _medians(
+    case: Case, inputs: Tensors, pass_: str, providers: dict[str, Peer], device: torch.device
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Milliseconds of a call of each provider; of those that raised, what."""
+    steps: dict[str, timing.Call] = {}
+    raised: dict[str, str] = {}
+
+    def on_error(name: str, error: Exception) -> None:
+        raised[name] = str(failed(error))
+
+    for name, peer in providers.items():
+        try:
+            steps[name] = case.step(peer.function, inputs, pass_)
+        except Exception as error:  # noqa: BLE001 - the others are timed
+            on_error(name, error)
+    medians = timing.medians(steps, device, SECONDS_PER_CALL, on_error)
+    calls = case.calls_per_step(pass_)
+    return {name: 1e3 * seconds / calls for name, seconds in medians.items()}, raised
+
+
+def _left_over(
+    case: Case, found: list[Timing], backend: str, device: torch.device, error: Exception
+) -> Iterator[Timing]:
+    """Rows of ours for the passes of a case that raised before they were timed."""
+    done = [timed.pass_ for timed in found if timed.provider == OURS]
+    for pass_ in case.passes:
+        if pass_ not in done:
+            ran_by = report.runs_on(case, backend, device)
+            text = str(failed(error))
+            yield Timing(case, pass_, OURS, ran_by, str(device), None, math.nan, False, text)
+
+
+def _free(device: torch.device) -> None:
+    """The next case finds the memory that this one had."""
+    gc.collect()  # graphs and tracebacks go round in circles
+    if device.type == "cuda":
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            pass  # the device is broken: every case that follows will say so
+
+
+def _where(case: Case, pass_: str | None = None) -> str:
+    parts = (case.op, dtype_name(case.dtype), report.shape_name(case.shape), pass_)
+    return " ".join(part for part in parts if part)

@@ -1,151 +1,55 @@
-"""A case: one op at one shape and dtype. What it is fed, its versions, its outputs, and what it must cost.
-
-`check` judges cases and `bench` times them, so both see the same inputs and the same calls. Bytes count every
-input and output of a pass once, in its own dtype; flops are what the algorithm needs, whatever a backend
-really does.
-"""
+"""The cases: attention, decode, the gated norm and the layer. What they have in common is in `case`."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, cycle
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 import lightning_attn
-from lightning_attn import decay as decays
 from lightning_attn.dispatch import Spec, accumulation_dtype
 
 from . import eager, truth
+from .case import (
+    BACKWARD,
+    FORWARD,
+    GRAPH,
+    LAYERS,
+    TRAIN,
+    Case,
+    Normal,
+    Shape,
+    Tensors,
+    decay_rates,
+    dtype_name,
+    some_heads,
+)
 from .eager import Function
+from .graph import Replayed
+from .timing import synchronize
 
-Tensors = dict[str, Tensor]
-Shape = dict[str, int | str]
+__all__ = [
+    "BACKWARD",
+    "FORWARD",
+    "GRAPH",
+    "TRAIN",
+    "Attention",
+    "Case",
+    "Decode",
+    "GatedRMSNorm",
+    "Layer",
+    "dtype_name",
+]
 
-FORWARD, TRAIN = "forward", "forward+backward"
-LAYERS = 80  # of MiniMax-Text-01; its first layer gives the decay rates
 EPS = 1e-6  # of the norm
 BLOCK = 64  # tokens: the block length at which flops are counted
-COLD_BYTES = 256 * 2**20  # a working set that no cache holds
-MANY_HEADS = 4  # beyond, a sample of the heads is checked: the truth takes many times the time of the case
+COLD_BYTES = 512 * 2**20  # a working set that no cache holds
+GRAPH_CALLS = 256  # in one graph, at most
 VERY_LONG = 2**18  # tokens: beyond, only the forward pass, for a float64 backward would not fit in memory
-
-
-@dataclass(frozen=True)
-class Case(ABC):
-    """Base of the cases. Tensors go by name; an output `o` has the cotangent `do`, an input `q` the gradient
-    `dq`.
-    """
-
-    dtype: torch.dtype
-
-    op: ClassVar[str]
-    differentiable: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def passes(self) -> tuple[str, ...]:
-        return (FORWARD, TRAIN)
-
-    @property
-    @abstractmethod
-    def shape(self) -> Shape: ...
-
-    @abstractmethod
-    def inputs(self, device: torch.device) -> Tensors:
-        """The same values at every call; cotangents included."""
-
-    @abstractmethod
-    def specs(self, device: torch.device) -> list[Spec]:
-        """The raw calls that `ours` comes to: what a backend must support to run the case."""
-
-    @abstractmethod
-    def ours(self, backend: str) -> Function:
-        """The public function, bound to a backend."""
-
-    @property
-    @abstractmethod
-    def plain(self) -> Function:
-        """The plain PyTorch version: baseline and peer."""
-
-    @property
-    @abstractmethod
-    def truth(self) -> Function:
-        """The version that is right, given float64 inputs."""
-
-    @abstractmethod
-    def call(self, function: Function, inputs: Tensors) -> Tensors:
-        """One call -> its named outputs; leaves `inputs` as they are."""
-
-    @abstractmethod
-    def flops(self, pass_: str) -> int: ...
-
-    @abstractmethod
-    def bytes(self, pass_: str) -> int: ...
-
-    def evaluate(self, function: Function, inputs: Tensors, pass_: str) -> Tensors:
-        """Every output of a pass by name: of `call`, then the gradients."""
-        if pass_ == FORWARD:
-            with torch.no_grad():
-                return self.call(function, inputs)
-        leaves = {
-            name: inputs[name].detach().requires_grad_() for name in self.differentiable if name in inputs
-        }
-        outputs = self.call(function, inputs | leaves)
-        gradients = torch.autograd.grad(
-            list(outputs.values()), list(leaves.values()), [inputs["d" + name] for name in outputs]
-        )
-        return {name: x.detach() for name, x in outputs.items()} | {
-            "d" + name: dx for name, dx in zip(leaves, gradients, strict=True)
-        }
-
-    def step(self, function: Function, inputs: Tensors, pass_: str) -> Callable[[], object]:
-        """What `bench` times."""
-        return partial(self.evaluate, function, inputs, pass_)
-
-    def sample(self, tensors: Tensors) -> Tensors:
-        """The part of the inputs or outputs that is checked: all, unless the truth would cost too much."""
-        return tensors
-
-    @property
-    def gradients(self) -> tuple[str, ...]:
-        return tuple("d" + name for name in self.differentiable)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def decay_rates(kind: str, heads: int) -> Tensor:
-    """Rates [H] per token. "minimax": of its first layer; "zero": nothing decays; "large": 1 to 10,000."""
-    if kind == "minimax":
-        return decays.minimax(heads, 0, LAYERS)
-    return torch.zeros(heads) if kind == "zero" else torch.logspace(0, 4, heads, dtype=torch.float32)
-
-
-def _randn(generator: torch.Generator, *size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.randn(size, generator=generator).to(device, dtype)
-
-
-def _some_heads(tensors: Tensors, heads: int) -> Tensors:
-    """Of many heads the first, the middle and the last, in every tensor that has a dim of heads."""
-    if heads <= MANY_HEADS:
-        return tensors
-    pick = torch.tensor([0, heads // 2, heads - 1])
-    return {
-        name: t if (dim := _head_dim(name)) is None else t.index_select(dim, pick.to(t.device))
-        for name, t in tensors.items()
-    }
-
-
-def _head_dim(name: str) -> int | None:
-    if name in ("cu_seqlens", "slots"):
-        return None
-    return 0 if name == "decay" else 1 if name.endswith("state") else 2
 
 
 @dataclass(frozen=True)
@@ -165,7 +69,7 @@ class Attention(Case):
     differentiable = ("q", "k", "v", "initial_state")
 
     @property
-    def passes(self) -> tuple[str, ...]:
+    def usual_passes(self) -> tuple[str, ...]:
         return (FORWARD, TRAIN) if self.T <= VERY_LONG else (FORWARD,)
 
     @property
@@ -175,7 +79,7 @@ class Attention(Case):
         return dims | packed | ({"slopes": self.slopes} if self.slopes != "minimax" else {})
 
     def inputs(self, device: torch.device) -> Tensors:
-        normal = partial(_randn, torch.Generator().manual_seed(0), dtype=self.dtype, device=device)
+        normal = Normal(self.dtype, device)
         shape = (self.B, self.T, self.H)
         tensors = {"q": normal(*shape, self.K), "k": normal(*shape, self.K), "v": normal(*shape, self.V)}
         tensors |= {"do": normal(*shape, self.V), "decay": decay_rates(self.slopes, self.H).to(device)}
@@ -210,20 +114,20 @@ class Attention(Case):
         o, state = result if isinstance(result, tuple) else (result, None)
         return {"o": o, "state": state} if self.stateful else {"o": o}
 
-    def flops(self, pass_: str) -> int:
+    def part_flops(self, part: str) -> int:
         """Per token and head C*(K + V), the causal half of two products in a block of C, and 4*K*V, two
-        products with the state; forward + backward 3.5 times that.
+        products with the state; the backward 2.5 times that.
         """
         forward = self.B * self.T * self.H * (BLOCK * (self.K + self.V) + 4 * self.K * self.V)
-        return forward if pass_ == FORWARD else forward * 7 // 2
+        return forward if part == FORWARD else forward * 5 // 2
 
-    def bytes(self, pass_: str) -> int:
-        """Forward: reads q, k, v, writes o. The backward adds: reads q, k, v, do, writes dq, dk, dv."""
-        vectors = 2 * (self.K + self.V) + (0 if pass_ == FORWARD else 4 * self.K + 3 * self.V)
+    def part_bytes(self, part: str) -> int:
+        """Forward: reads q, k, v, writes o. Backward: reads q, k, v, do, writes dq, dk, dv."""
+        vectors = 2 * (self.K + self.V) if part == FORWARD else 4 * self.K + 3 * self.V
         return self.B * self.T * self.H * vectors * self.dtype.itemsize
 
     def sample(self, tensors: Tensors) -> Tensors:
-        return _some_heads(tensors, self.H)
+        return some_heads(tensors, self.H)
 
 
 @dataclass(frozen=True)
@@ -242,9 +146,10 @@ class Decode(Case):
     slots: bool = False
 
     op = "decode"
+    possible_passes = (FORWARD, GRAPH)
 
     @property
-    def passes(self) -> tuple[str, ...]:
+    def usual_passes(self) -> tuple[str, ...]:
         return (FORWARD,)
 
     @property
@@ -258,16 +163,15 @@ class Decode(Case):
         return self.B + 2 * self.slots
 
     def inputs(self, device: torch.device) -> Tensors:
-        generator = torch.Generator().manual_seed(0)
-        normal = partial(_randn, generator, dtype=self.dtype, device=device)
+        normal = Normal(self.dtype, device)
         shape = (self.B, self.T, self.H)
         tensors = {"q": normal(*shape, self.K), "k": normal(*shape, self.K), "v": normal(*shape, self.V)}
         tensors["state"] = normal(self.rows, self.H, self.K, self.V, dtype=self.state)
         tensors["decay"] = decay_rates("minimax", self.H).to(device)
         if self.slots:
-            order = torch.randperm(self.rows, generator=generator)[: self.B]
+            order = torch.randperm(self.rows, generator=normal.generator, device=device)[: self.B]
             order[self.B // 2] = -1
-            tensors["slots"] = order.to(device)
+            tensors["slots"] = order
         return tensors
 
     def specs(self, device: torch.device) -> list[Spec]:
@@ -286,36 +190,70 @@ class Decode(Case):
 
     def call(self, function: Function, inputs: Tensors) -> Tensors:
         state = inputs["state"].clone()
-        outputs = {"o": self._in_place(function, inputs, state), "state": state}
-        if self.slots:
-            used = torch.zeros(self.rows, dtype=torch.bool, device=state.device)
-            used[inputs["slots"][inputs["slots"] >= 0]] = True
-            outputs |= {"state": state[used], "idle_state": state[~used]}
-        return outputs
+        return self._outputs(inputs, self._in_place(function, inputs, state), state)
+
+    def evaluate(self, function: Function, inputs: Tensors, pass_: str) -> Tensors:
+        """GRAPH: of the last call in a replay of the very graph that is timed."""
+        if pass_ == FORWARD:
+            return super().evaluate(function, inputs, pass_)
+        states = self._states(inputs, self.calls_per_step(pass_))
+        replayed = self._replayed(function, inputs, states)
+        for state in states:
+            state.copy_(inputs["state"])
+        o = replayed()
+        synchronize(o.device)  # a graph is not to go while it runs
+        return self._outputs(inputs, o, states[-1])
 
     def step(self, function: Function, inputs: Tensors, pass_: str) -> Callable[[], object]:
         """In a model the states of all other layers pass through the caches between two steps of a layer, so
-        the timed calls go round enough copies of the state to meet each one cold.
+        the timed calls go round enough copies of the state to meet each one cold. GRAPH: one round.
         """
-        bytes_ = inputs["state"].numel() * self.state.itemsize
-        copies = cycle([inputs["state"].clone() for _ in range(-(-COLD_BYTES // bytes_))])
+        if pass_ == GRAPH:
+            return self._replayed(function, inputs, self._states(inputs, self.calls_per_step(pass_)))
+        copies = cycle(self._states(inputs, self._cold_copies))
         return lambda: self._in_place(function, inputs, next(copies))
+
+    def calls_per_step(self, pass_: str) -> int:
+        return min(self._cold_copies, GRAPH_CALLS) if pass_ == GRAPH else 1
+
+    @property
+    def _cold_copies(self) -> int:
+        """How many copies of the state no cache holds together."""
+        return -(-COLD_BYTES // (self.rows * self.H * self.K * self.V * self.state.itemsize))
+
+    def _states(self, inputs: Tensors, copies: int) -> list[Tensor]:
+        return [inputs["state"].clone() for _ in range(copies)]
+
+    def _replayed(self, function: Function, inputs: Tensors, states: list[Tensor]) -> Replayed[Tensor]:
+        """A call with each of the states, in one graph; gives the output of the last."""
+
+        def round_() -> Tensor:
+            return [self._in_place(function, inputs, state) for state in states][-1]
+
+        return Replayed(round_, inputs["state"].device)
+
+    def _outputs(self, inputs: Tensors, o: Tensor, state: Tensor) -> Tensors:
+        if not self.slots:
+            return {"o": o, "state": state}
+        used = torch.zeros(self.rows, dtype=torch.bool, device=state.device)
+        used[inputs["slots"][inputs["slots"] >= 0]] = True
+        return {"o": o, "state": state[used], "idle_state": state[~used]}
 
     def _in_place(self, function: Function, inputs: Tensors, state: Tensor) -> Tensor:
         q, k, v, decay = (inputs[name] for name in ("q", "k", "v", "decay"))
         return function(q, k, v, decay, state, slots=inputs.get("slots"), scale=self.K**-0.5)
 
-    def flops(self, pass_: str) -> int:
+    def part_flops(self, part: str) -> int:
         """k v^T into the state, and the state times q."""
         return self.B * self.T * self.H * 4 * self.K * self.V
 
-    def bytes(self, pass_: str) -> int:
+    def part_bytes(self, part: str) -> int:
         """The state read and written once whatever T is; q, k, v read, o written."""
         state = 2 * self.K * self.V * self.state.itemsize
         return self.B * self.H * (state + self.T * 2 * (self.K + self.V) * self.dtype.itemsize)
 
     def sample(self, tensors: Tensors) -> Tensors:
-        return _some_heads(tensors, self.H)
+        return some_heads(tensors, self.H)
 
 
 @dataclass(frozen=True)
@@ -333,7 +271,7 @@ class GatedRMSNorm(Case):
         return {"rows": self.rows, "D": self.D}
 
     def inputs(self, device: torch.device) -> Tensors:
-        normal = partial(_randn, torch.Generator().manual_seed(0), dtype=self.dtype, device=device)
+        normal = Normal(self.dtype, device)
         tensors = {name: normal(self.rows, self.D) for name in ("x", "gate", "do")}
         return tensors | {"weight": normal(self.D)}
 
@@ -355,16 +293,15 @@ class GatedRMSNorm(Case):
     def call(self, function: Function, inputs: Tensors) -> Tensors:
         return {"o": function(inputs["x"], inputs["gate"], inputs["weight"], eps=EPS)}
 
-    def flops(self, pass_: str) -> int:
-        """Per element: square and sum 2, three products, sigmoid 3; the backward twice as much again."""
-        forward = 8 * self.rows * self.D
-        return forward if pass_ == FORWARD else 3 * forward
+    def part_flops(self, part: str) -> int:
+        """Per element: square and sum 2, three products, sigmoid 3; the backward twice as much."""
+        return (8 if part == FORWARD else 16) * self.rows * self.D
 
-    def bytes(self, pass_: str) -> int:
-        """Forward: reads x, gate, weight, writes o. The backward adds: reads x, gate, weight, do, writes dx,
-        dgate, dweight.
+    def part_bytes(self, part: str) -> int:
+        """Forward: reads x, gate, weight, writes o. Backward: reads x, gate, weight, do, writes dx, dgate,
+        dweight.
         """
-        rows, weights = (3, 1) if pass_ == FORWARD else (8, 3)
+        rows, weights = (3, 1) if part == FORWARD else (5, 2)
         return (rows * self.rows + weights) * self.D * self.dtype.itemsize
 
 
@@ -386,7 +323,7 @@ class Layer(Case):
         return {"B": self.B, "T": self.T, "hidden": self.hidden, "H": self.H, "D": self.D}
 
     def inputs(self, device: torch.device) -> Tensors:
-        normal = partial(_randn, torch.Generator().manual_seed(0), dtype=self.dtype, device=device)
+        normal = Normal(self.dtype, device)
         wide = self.H * self.D
         return {
             "x": normal(self.B, self.T, self.hidden),
@@ -395,6 +332,7 @@ class Layer(Case):
             "output_gate": normal(wide, self.hidden) * self.hidden**-0.5,
             "norm": normal(wide),
             "out_proj": normal(self.hidden, wide) * wide**-0.5,
+            "decay": decay_rates("minimax", self.H).to(device),
         }
 
     def specs(self, device: torch.device) -> list[Spec]:
@@ -402,48 +340,54 @@ class Layer(Case):
         return self.attention.specs(device) + norm.specs(device)
 
     def ours(self, backend: str) -> Function:
-        module = lightning_attn.LightningAttention(
-            self.hidden, self.H, self.D, layer_idx=0, num_layers=LAYERS, dtype=self.dtype
-        )
+        def module(device: torch.device) -> torch.nn.Module:
+            return lightning_attn.LightningAttention(
+                self.hidden, self.H, self.D, layer_idx=0, num_layers=LAYERS, device=device, dtype=self.dtype
+            )
+
         return as_function(module, backend=backend)
 
     @property
     def plain(self) -> Function:
-        return partial(eager.layer, decay=decay_rates("minimax", self.H), eps=EPS)
+        return partial(eager.layer, eps=EPS)
 
     @property
     def truth(self) -> Function:
-        return partial(truth.layer, decay=decay_rates("minimax", self.H), eps=EPS)
+        return partial(truth.layer, eps=EPS)
 
     def call(self, function: Function, inputs: Tensors) -> Tensors:
-        return {"o": function(inputs["x"], **{name: inputs[name] for name in self.differentiable[1:]})}
+        weights = {name: inputs[name] for name in self.differentiable[1:]}
+        return {"o": function(inputs["x"], decay=inputs["decay"], **weights)}
 
     @property
     def attention(self) -> Attention:
         return Attention(self.dtype, self.T, self.H, self.D, self.D, self.B)
 
-    def flops(self, pass_: str) -> int:
-        """The attention's, and five projections between hidden and H*D: 2 flops per token and weight, forward
-        + backward 6.
+    def part_flops(self, part: str) -> int:
+        """The attention's, and five projections between hidden and H*D: 2 flops per token and weight, backward
+        4.
         """
         weights = 5 * self.hidden * self.H * self.D
-        return self.attention.flops(pass_) + (2 if pass_ == FORWARD else 6) * self.B * self.T * weights
+        return self.attention.flops(part) + (2 if part == FORWARD else 4) * self.B * self.T * weights
 
-    def bytes(self, pass_: str) -> int:
-        """Forward: reads x and the weights, writes o. The backward adds: reads x, do and the weights, writes
-        dx and the gradients of the weights.
+    def part_bytes(self, part: str) -> int:
+        """Forward: reads x and the weights, writes o. Backward: reads x, do and the weights, writes dx and the
+        gradients of the weights.
         """
-        rows, weights = (2, 1) if pass_ == FORWARD else (5, 3)
+        rows, weights = (2, 1) if part == FORWARD else (3, 2)
         size = 5 * self.hidden * self.H * self.D + self.H * self.D
         return (rows * self.B * self.T * self.hidden + weights * size) * self.dtype.itemsize
 
 
-def as_function(module: torch.nn.Module, **options: object) -> Function:
-    """A layer as a function of its input and its weights, so that every version is given the same ones."""
+def as_function(make: Callable[[torch.device], torch.nn.Module], **options: object) -> Function:
+    """A layer as a function of its input and its weights, so that every version is given the same ones. The
+    layer is made where its input is first seen, and knows its decay rates itself.
+    """
+    module = cache(make)
 
-    def function(x: Tensor, **weights: Tensor) -> Tensor:
+    def function(x: Tensor, *, decay: Tensor, **weights: Tensor) -> Tensor:
         parameters = {f"{name}.weight": w for name, w in weights.items()}
-        result = torch.func.functional_call(module, parameters, (x,), options)
+        result = torch.func.functional_call(module(x.device), parameters, (x,), options)
         return result[0] if isinstance(result, tuple) else result
 
     return function

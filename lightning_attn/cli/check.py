@@ -16,7 +16,7 @@ from lightning_attn.backends import supports
 
 from . import report
 from .accuracy import Judge, Verdict
-from .cases import Case, dtype_name
+from .case import Case, dtype_name
 from .suites import check_cases
 
 
@@ -92,7 +92,7 @@ def _judge(case: Case, backends: list[str], device: torch.device) -> Iterator[Ro
     if not backends:
         return
     inputs = case.inputs(device)
-    judge = Judge(case, inputs, case.passes[-1])
+    judge = Judge(case, inputs, case.fullest_pass)
     for backend in backends:
         for verdict in judge.verdicts(case.ours(backend)):
             yield Row(backend, case, verdict)

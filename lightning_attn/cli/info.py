@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 
 import click
+import torch
 
 import lightning_attn
 
@@ -21,6 +22,8 @@ def info(as_json: bool) -> None:
         "device": machine.device(),
         "backends": lightning_attn.available_backends(),
     }
+    if torch.cuda.is_available():
+        facts["gpu"] = machine.device(torch.device("cuda"))
     commit = machine.commit()
     if as_json:
         click.echo(json.dumps(facts | {"commit": commit}, indent=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,27 +15,37 @@ import torch
 
 import lightning_attn
 
-from .cases import dtype_name
+from .case import dtype_name
 from .timing import best_seconds
 
 COPY_BYTES = 256 * 2**20  # of one buffer: far beyond every cache
+CUDA_COPY_BYTES = 2 * 2**30
 GEMM_SIZES = (1024, 2048)
+CUDA_GEMM_SIZES = (4096, 8192)
+CUDA_SHARE = 8  # one buffer takes at most this part of the free memory
 GEMM_SECONDS = 0.5  # after a product that takes longer no larger one is tried
 
 
 def versions() -> dict[str, str | None]:
     """Of Python, of this package and of what it may use; None: not installed."""
-    packages = ("torch", "numpy", "triton", "cupy", "transformers")
+    packages = ("torch", "numpy", "triton", "cupy", "transformers", "fla")
     return {
         "lightning_attn": lightning_attn.__version__,
         "python": platform.python_version(),
+        "cuda": torch.version.cuda,
         **{name: _version(name) for name in packages},
     }
 
 
+# CuPy's wheels are named after the CUDA version they are built for; fla comes whole, or only its kernels.
+DISTRIBUTIONS = {
+    "cupy": ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x"),
+    "fla": ("flash-linear-attention", "fla-core"),
+}
+
+
 def _version(package: str) -> str | None:
-    # CuPy's wheels are named after the CUDA version they are built for.
-    for name in (package, *(f"cupy-cuda{n}x" for n in (11, 12, 13) if package == "cupy")):
+    for name in DISTRIBUTIONS.get(package, (package,)):
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -42,14 +53,45 @@ def _version(package: str) -> str | None:
     return None
 
 
-def device() -> dict[str, str | int | None]:
-    """The processor, its cores that this process may use, and what PyTorch and the kernels make of them."""
-    return {
+def device(device: torch.device | None = None) -> dict[str, str | int | None]:
+    """The processor, its cores that this process may use, and what PyTorch and the kernels make of them. Of a CUDA
+    device its own name, size and driver, and the processor as `host`.
+    """
+    host: dict[str, str | int | None] = {
         "name": _processor(),
         "cores": _cores(),
         "threads": torch.get_num_threads(),
         "instruction_set": instruction_set(),
     }
+    if device is None or device.type != "cuda":
+        return host
+    gpu = torch.cuda.get_device_properties(device)
+    found: dict[str, str | int | None] = {
+        "name": gpu.name,
+        "compute_capability": f"{gpu.major}.{gpu.minor}",
+        "multiprocessors": gpu.multi_processor_count,
+        "memory_bytes": gpu.total_memory,
+        "driver": _driver(),
+        "host": host.pop("name"),
+    }
+    return found | host
+
+
+def _driver() -> str | None:
+    """Version of NVIDIA's driver; None if nothing says it."""
+    if tool := shutil.which("nvidia-smi"):
+        command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+            if lines := done.stdout.split():
+                return lines[0]
+        except (OSError, subprocess.SubprocessError):
+            pass
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+    except OSError:
+        return None
+    return next((word for word in words if word[0].isdigit() and "." in word), None)
 
 
 def instruction_set() -> str | None:
@@ -115,8 +157,10 @@ class Limits:
         gemm = {d: max(x.gemm_flops_per_s.get(d, 0.0) for x in (self, other)) for d in dtypes}
         return Limits(gemm, max(self.copy_bytes_per_s, other.copy_bytes_per_s))
 
-    def milliseconds(self, flops: int, bytes_: int, dtype: torch.dtype) -> float:
-        """The time that these flops and bytes take at the limits, whichever is longer."""
+    def milliseconds(self, flops: int, bytes_: int, dtype: torch.dtype) -> float | None:
+        """The time that these flops and bytes take at the limits, whichever is longer; None if not measured."""
+        if dtype not in self.gemm_flops_per_s:
+            return None
         return 1e3 * max(flops / self.gemm_flops_per_s[dtype], bytes_ / self.copy_bytes_per_s)
 
     def as_json(self) -> dict[str, object]:
@@ -130,9 +174,11 @@ def measure_limits(dtype: torch.dtype, device: torch.device) -> Limits:
 
 
 def _gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """flop/s of `torch.mm` on square matrices, the best of growing sizes."""
+    """flop/s of `torch.mm` on square random matrices, the best of growing sizes. Not of zeros or the like: on a
+    GPU the clock follows the power that the data costs.
+    """
     best = 0.0
-    for n in GEMM_SIZES:
+    for n in CUDA_GEMM_SIZES if device.type == "cuda" else GEMM_SIZES:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         fastest = best_seconds(partial(torch.mm, a, b, out=torch.empty_like(a)), device)
         best = max(best, 2 * n**3 / fastest)
@@ -143,6 +189,16 @@ def _gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 def _copy_rate(device: torch.device) -> float:
     """bytes/s, read plus written, of `Tensor.copy_` between two buffers that fit in no cache."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+    source = torch.ones(_copy_bytes(device), dtype=torch.uint8, device=device)
+    if device.type == "cuda":
+        source.random_()
     fastest = best_seconds(partial(torch.zeros_like(source).copy_, source), device)
-    return 2 * COPY_BYTES / fastest
+    return 2 * source.nbytes / fastest
+
+
+def _copy_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return COPY_BYTES
+    torch.cuda.empty_cache()  # or what PyTorch keeps would not be free
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(CUDA_COPY_BYTES, free // CUDA_SHARE)

@@ -8,11 +8,19 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .peers import EAGER, OURS, TRANSFORMERS
+from .peers import EAGER, FLA, FLA_LIGHTNING, OURS, SDPA, TRANSFORMERS
 from .report import shape_name
 from .results import Row
 
-COLOURS = {OURS: "#d9480f", EAGER: "#868e96", TRANSFORMERS: "#4c6ef5"}
+COLOURS = {
+    OURS: "#d9480f",
+    EAGER: "#868e96",
+    TRANSFORMERS: "#4c6ef5",
+    FLA: "#2b8a3e",
+    FLA_LIGHTNING: "#82c91e",
+    SDPA: "#9c36b5",
+}
+ANOTHER = "#212529"
 BAR = 0.22  # inches
 GAP = 0.8  # bars, between groups
 OVER_LINE = {
@@ -44,7 +52,7 @@ def _plot(op: str, groups: dict[str, list[tuple[float, Row]]], path: Path) -> No
     for group in groups.values():
         ticks.append(y + BAR * (len(group) - 1) / 2)
         for fraction, row in group:
-            axes.barh(y, fraction, 0.9 * BAR, color=COLOURS[row.provider])
+            axes.barh(y, fraction, 0.9 * BAR, color=COLOURS.get(row.provider, ANOTHER))
             text = f"{row.time} ms, {row.rate}"
             axes.annotate(
                 text, (fraction, y), (4, 0), textcoords="offset points", va="center", size=8, bbox=OVER_LINE
@@ -59,6 +67,6 @@ def _plot(op: str, groups: dict[str, list[tuple[float, Row]]], path: Path) -> No
     axes.set_title(f"{op}: longer is faster", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     providers = dict.fromkeys(row.provider for _, row in bars)
-    handles = [Patch(color=COLOURS[provider], label=provider) for provider in providers]
+    handles = [Patch(color=COLOURS.get(provider, ANOTHER), label=provider) for provider in providers]
     figure.legend(handles=handles, loc="outside lower right", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -17,7 +18,7 @@ from rich.table import Table
 from lightning_attn import available_backends, dispatch
 from lightning_attn.backends import supports
 
-from .cases import Shape
+from .case import Case, Shape
 
 WIDTH = 140  # columns, where the output is not a terminal
 
@@ -65,13 +66,37 @@ def backends(named: str | None) -> list[str]:
     return [named]
 
 
-def one_backend(named: str | None, device: torch.device) -> str:
-    """The named backend, or what "auto" means on this device."""
-    named = named or os.environ.get("LIGHTNING_ATTN_BACKEND") or "auto"
-    if named != "auto":
-        return backends(named)[0]
-    spec = dispatch.Spec("attention", device.type, torch.float32, torch.float32, K=128, V=128)
-    return dispatch.resolve("auto", spec, supports)
+def one_backend(named: str | None) -> str:
+    """The named backend, else that of the environment, else "auto"."""
+    named = asked_for(named or "auto")
+    return named if named == "auto" else backends(named)[0]
+
+
+def asked_for(backend: str) -> str:
+    """A backend, or what the environment says that "auto" means."""
+    return (os.environ.get("LIGHTNING_ATTN_BACKEND") or backend) if backend == "auto" else backend
+
+
+def runs_on(case: Case, backend: str, device: torch.device) -> str:
+    """The backend that runs a case; several, joined by "+", where "auto" takes one for one op and another for
+    another; what was asked for, if none can.
+    """
+    backend = asked_for(backend)
+    try:
+        found = [dispatch.resolve(backend, spec, supports) for spec in case.specs(device)]
+    except ValueError:
+        return backend
+    return "+".join(dict.fromkeys(found))
+
+
+def device(named: str | None, backend: str) -> torch.device:
+    """The named device; without a name the GPU, if there is one and the backend is not made for the CPU."""
+    if named == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter("PyTorch finds no CUDA device here", param_hint="--device")
+    if (named, backend) == ("cuda", "cpu"):
+        raise click.BadParameter("backend 'cpu' runs on the CPU only", param_hint="--device")
+    on_gpu = torch.cuda.is_available() and backend != "cpu"
+    return torch.device(named or ("cuda" if on_gpu else "cpu"))
 
 
 def console() -> Console:
@@ -101,8 +126,14 @@ def three_digits(x: float) -> str:
     return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def exponent(x: float) -> str:
-    return f"{x:.1e}"
+def rate(per_second: float, unit: str) -> str:
+    """In giga or, if that is much, in tera units: "980 GFLOP/s", "712 TFLOP/s"."""
+    prefix, scale = ("T", 1e12) if unit == "FLOP/s" and per_second >= 1e13 else ("G", 1e9)
+    return f"{three_digits(per_second / scale)} {prefix}{unit}"
+
+
+def exponent(x: float | None) -> str:
+    return "-" if x is None else f"{x:.1e}"
 
 
 def tick(ok: bool) -> str:
@@ -111,12 +142,13 @@ def tick(ok: bool) -> str:
 
 def write_json(path: Path, data: object) -> None:
     """JSON has no NaN and no infinity: they become null."""
-    path.write_text(json.dumps(_finite(data), indent=1) + "\n")
+    path.write_text(json.dumps(finite(data), indent=1) + "\n")
 
 
-def _finite(data: object) -> object:
+def finite(data: Any) -> Any:
+    """The same without NaN and infinities: None in their stead."""
     if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
+        return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
+from typing import Any
 
+import torch
 from rich.table import Table
 
 from . import machine, report
-from .cases import Case, Shape, dtype_name
+from .case import Case, Shape, dtype_name
 from .machine import Limits
 from .peers import OURS
 
 STREAMING = ("decode", "gated_rms_norm")  # bounded by memory traffic, so their rate is one of bytes
+STREAMING_ON_GPU = (*STREAMING, "attention")  # whose products cost a GPU less than its inputs and outputs
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One provider at one pass of one case. What has failed its check is not timed: median_ms is None."""
+    """One provider at one pass of one case. What has failed its check is not timed: median_ms is None. `raised`
+    is what the provider, or the case itself, raised.
+    """
 
     case: Case
     pass_: str
@@ -28,6 +34,7 @@ class Timing:
     median_ms: float | None
     error: float
     ok: bool
+    raised: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,11 @@ class Row:
     median_ms: float | None
     bytes: int
     flops: int
-    limit_ms: float
+    limit_ms: float | None
     fraction_of_limit: float | None
-    error: float
+    error: float | None
     ok: bool
+    raised: str | None = None
 
     @staticmethod
     def of(timing: Timing, limits: Limits) -> Row:
@@ -66,10 +74,20 @@ class Row:
             bytes=bytes_,
             flops=flops,
             limit_ms=limit,
-            fraction_of_limit=None if median is None else limit / median,
-            error=timing.error,
+            fraction_of_limit=None if median is None or limit is None else limit / median,
+            error=timing.error if math.isfinite(timing.error) else None,
             ok=timing.ok,
+            raised=timing.raised,
         )
+
+    @staticmethod
+    def from_json(row: dict[str, Any]) -> Row:
+        """What else somebody has noted in the row is left out."""
+        values: dict[str, Any] = {f.name: row.get(f.name.rstrip("_")) for f in fields(Row)}
+        return Row(**values)
+
+    def as_json(self) -> dict[str, Any]:
+        return {name.rstrip("_"): value for name, value in asdict(self).items()}
 
     @property
     def case(self) -> tuple[str, str, str, str]:
@@ -86,35 +104,48 @@ class Row:
         """GB/s or GFLOP/s, whichever bounds the op."""
         if self.median_ms is None:
             return "-"
-        amount, unit = (self.bytes, "GB/s") if self.op in STREAMING else (self.flops, "GFLOP/s")
-        return f"{report.three_digits(amount / self.median_ms / 1e6)} {unit}"
-
-    def as_json(self) -> dict[str, object]:
-        return {name.rstrip("_"): value for name, value in asdict(self).items()}
+        streaming = STREAMING_ON_GPU if self.device.startswith("cuda") else STREAMING
+        amount, unit = (self.bytes, "B/s") if self.op in streaming else (self.flops, "FLOP/s")
+        return report.rate(1e3 * amount / self.median_ms, unit)
 
 
-def document(limits: Limits, calls: dict[str, dict[str, float]], rows: list[Row]) -> dict[str, object]:
-    """The JSON file: limits in flop/s and bytes/s; `calls`, if measured, in microseconds."""
+def facts(device: torch.device) -> dict[str, Any]:
+    """The part of the JSON file that says where and when."""
     return {
         "versions": machine.versions(),
-        "device": machine.device(),
-        "limits": limits.as_json(),
-        "call_us": calls,
+        "device": machine.device(device),
         "commit": machine.commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "rows": [row.as_json() for row in rows],
     }
 
 
-def headline(limits: Limits, backend: str) -> str:
-    device = machine.device()
-    gemm = ", ".join(
-        f"{dtype_name(dtype)} {rate / 1e9:.0f}" for dtype, rate in limits.gemm_flops_per_s.items()
+def document(
+    facts: dict[str, Any], limits: Limits, calls: dict[str, dict[str, float]], rows: list[Row]
+) -> dict[str, Any]:
+    """The JSON file: limits in flop/s and bytes/s; `calls`, if measured, in microseconds."""
+    measured = {"limits": limits.as_json(), "call_us": calls, "rows": [row.as_json() for row in rows]}
+    return report.finite(facts | measured)
+
+
+def rows_of(document: dict[str, Any]) -> list[Row]:
+    return [Row.from_json(row) for row in document["rows"]]
+
+
+def headline(document: dict[str, Any]) -> str:
+    device, limits = document["device"], document["limits"]
+    used = dict.fromkeys(row["backend"] for row in document["rows"] if row["provider"] == OURS)
+    runs = ", ".join(f"cpu ({device['instruction_set']})" if name == "cpu" else name for name in used)
+    size = (
+        f"{device['multiprocessors']} multiprocessors of {device['compute_capability']}"
+        if "host" in device
+        else f"threads {device['threads']}"
     )
-    runs = f"cpu ({device['instruction_set']})" if backend == "cpu" else backend
+    gemm = ", ".join(
+        f"{name} {report.rate(rate, 'FLOP/s')}" for name, rate in limits["gemm_flops_per_s"].items()
+    )
     return (
-        f"{device['name']}, threads {device['threads']}, backend {runs}\n"
-        f"Limits: GEMM {gemm} GFLOP/s; copy {limits.copy_bytes_per_s / 1e9:.1f} GB/s"
+        f"{device['name']}, {size}, backend {runs}\n"
+        f"Limits: GEMM {gemm or '-'}; copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s"
     )
 
 
@@ -141,7 +172,7 @@ def speed_ups(rows: list[Row]) -> Table:
     )
     for row in rows:
         if row.provider != OURS:
-            mine = ours[row.case]
+            mine = ours.get(row.case)
             ratio = f"{row.median_ms / mine:.2f}" if row.median_ms and mine else "-"
             table.add_row(*row.case, row.provider, ratio)
     return table

@@ -8,7 +8,8 @@ import torch
 
 from lightning_attn.dispatch import accumulation_dtype
 
-from .cases import Attention, Case, Decode, GatedRMSNorm, Layer, dtype_name
+from .case import Case, dtype_name
+from .cases import Attention, Decode, GatedRMSNorm, Layer
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = {dtype_name(dtype): dtype for dtype in (F64, F32, BF16, F16)}

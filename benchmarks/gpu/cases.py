@@ -1,0 +1,113 @@
+"""What each step of measurements times: bfloat16 at head dim 128, on shapes that fill a GPU and on those that do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_attn.cli.cases import (
+    BACKWARD,
+    FORWARD,
+    GRAPH,
+    TRAIN,
+    Attention,
+    Case,
+    Decode,
+    GatedRMSNorm,
+    Layer,
+)
+
+from . import dry
+from .targets import DECODE, FULL, LONG, Shape
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A case. `listed`: it stands in the README's table, not only in a plot. `every_backend`: it is timed with those
+    that "auto" has not taken too.
+    """
+
+    case: Case
+    listed: bool = True
+    every_backend: bool = False
+
+
+def forward() -> Iterator[Measured]:
+    yield Measured(attention(FULL, FORWARD))
+    yield Measured(attention(LONG, FORWARD))
+    lengths = (1, 63, 64, 0, 1000, 24, *(512,) * 12, 1024, 8064)  # documents from nothing to half of all
+    yield Measured(attention(FULL | {"B": 1, "T": sum(lengths)}, FORWARD, lengths=lengths))
+    yield Measured(
+        attention(FULL, FORWARD, slopes="fla")
+    )  # the only rates that FLA's own lightning attention has
+    for tokens in (1024, 2048, 4096, 16_384, 32_768, 65_536):
+        yield Measured(attention(FULL | {"T": tokens}, FORWARD), listed=False)
+
+
+def backward() -> Iterator[Measured]:
+    yield Measured(attention(FULL, BACKWARD, TRAIN))
+    yield Measured(attention(LONG, BACKWARD))
+    for tokens in (1024, 2048, 4096, 16_384, 32_768):
+        yield Measured(attention(FULL | {"T": tokens}, BACKWARD), listed=False)
+
+
+def decode() -> Iterator[Measured]:
+    for batch in (128, 1, 16, 64, 256, 4, 32, 8, 2):
+        passes = (FORWARD, GRAPH) if batch == 1 else (FORWARD,)
+        yield Measured(steps(DECODE | {"B": batch}, *passes), listed=batch in (1, 128), every_backend=True)
+    for batch in (1, 128):
+        passes = (FORWARD, GRAPH) if batch == 1 else (FORWARD,)
+        yield Measured(steps(DECODE | {"B": batch, "state": "bfloat16"}, *passes), every_backend=True)
+    yield Measured(steps(DECODE | {"T": 4}, FORWARD), every_backend=True)  # as in speculative decoding
+
+
+def norm() -> Iterator[Measured]:
+    for rows in (16_384, 128):
+        yield Measured(GatedRMSNorm(BF16, rows=rows, D=8192, passes=(FORWARD, BACKWARD)))
+
+
+def layer() -> Iterator[Measured]:
+    yield Measured(Layer(BF16, T=4096, hidden=6144, H=64, D=128, passes=(FORWARD, TRAIN)))
+
+
+STEPS: dict[str, Callable[[], Iterator[Measured]]] = {
+    step.__name__: step for step in (forward, backward, decode, norm, layer)
+}
+
+
+def of_step(step: str, dry_run: bool) -> list[Measured]:
+    """The cases of a step; in a dry run the same kinds of cases, tiny, and each only once."""
+    found = list(STEPS[step]())
+    if not dry_run:
+        return found
+    tiny = (Measured(_tiny(m.case), m.listed, m.every_backend) for m in found)
+    return list(dict.fromkeys(tiny))
+
+
+def attention(shape: Shape, *passes: str, **options: Any) -> Attention:
+    return Attention(BF16, passes=passes, **shape, **options)
+
+
+def steps(shape: Shape, *passes: str) -> Decode:
+    return Decode(BF16, passes=passes, **shape | {"state": getattr(torch, str(shape["state"]))})
+
+
+def _tiny(case: Case) -> Case:
+    """The same kind of case at a size for the interpreter."""
+    dtype, passes, H, d = dry.DTYPE, case.passes, 2, 16
+    if isinstance(case, Attention):
+        lengths = (5, 0, 65) if case.lengths else ()
+        tokens = 130 if case.T >= 8192 else 70
+        return Attention(
+            dtype, T=sum(lengths) or tokens, H=H, K=d, V=d, lengths=lengths, slopes=case.slopes, passes=passes
+        )
+    if isinstance(case, Decode):
+        return Decode(dtype, B=min(case.B, 2), T=case.T, H=H, K=d, V=d, state=case.state, passes=passes)
+    if isinstance(case, GatedRMSNorm):
+        return GatedRMSNorm(dtype, rows=6, D=33, passes=passes)
+    return Layer(dtype, T=40, hidden=24, H=H, D=d, passes=passes)
