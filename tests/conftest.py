@@ -1,5 +1,6 @@
-"""Fixtures: a backend, a variant of one (a backend and, on the CPU, an instruction set), a backend that is not here, a
-clean process state, no compiled code where a test asks for that, and a command line with small cases."""
+"""Which tests run on which backend, and fixtures: a backend, a variant of one (a backend and, on the CPU, an instruction
+set), a backend that is not here, a clean process state, no compiled code where a test asks for that, sequences that
+are not cut, and a command line with small cases."""
 
 import logging
 import os
@@ -10,16 +11,19 @@ from typing import Any
 # the same bits wherever the memory lies.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("MKL_CBWR", "AUTO")
+# On a GPU PyTorch wants it for products of matrices in the mode that fills memory with NaN (`poisoned_memory`).
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Before Triton, whose interpreter then runs its kernels on CPU tensors. To count devices does not initialise CUDA.
+# Before the backends that are made for GPUs, which then run on CPU tensors. To count devices does not initialise CUDA.
 if not torch.cuda.device_count():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("LIGHTNING_ATTN_EMULATE_CUDA", "1")
 
-from support import ABSENT, BACKENDS, DTYPES, INTERPRETED, ON_CPU, dtypes_of
+from support import ABSENT, BACKENDS, DTYPES, GPU_BACKENDS, INTERPRETED, ON_CPU, dtypes_of
 
 settings.register_profile(
     "repeatable",
@@ -32,23 +36,34 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in (
+        "gpu: runs what is made for GPUs, on the GPU or, without one, interpreted or emulated on the CPU",
+        "decode: of all operators calls the decoding one alone, so it is for backends that have no other too",
+    ):
+        config.addinivalue_line("markers", marker)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what says nothing of a backend: a dtype that it does not take, and another number of threads if it
-    has none of its own.
+    """Marks what runs on a GPU, and leaves out what says nothing of a backend: operators and dtypes that it does not
+    take, and another number of threads if it has none of its own.
     """
     fewest: dict[object, int] = {}  # of each test that takes numbers of threads
     for item in items:
+        if _backend(item) in GPU_BACKENDS:
+            item.add_marker(pytest.mark.gpu)
         if threads := _parameters(item).get("threads"):
             fewest[item.function] = min(threads, fewest.get(item.function, threads))
 
     def idle(item: pytest.Item) -> bool:
-        parameters = _parameters(item)
-        backend = parameters.get("variant", parameters.get("backend"))
-        if backend not in BACKENDS:
+        parameters, backend = _parameters(item), _backend(item)
+        if backend not in BACKENDS or backend in ON_CPU:  # those take all there is
             return False
-        if backend in ON_CPU:  # they take all there is
-            return False
-        if (dtype := parameters.get("dtype")) in DTYPES and dtype not in dtypes_of(backend):
+        taken = dtypes_of(
+            backend, "attention_decode" if item.get_closest_marker("decode") else "attention_forward"
+        )
+        if not taken or ((dtype := parameters.get("dtype")) in DTYPES and dtype not in taken):
             return True
         return parameters.get("threads", 0) > fewest.get(item.function, 0)
 
@@ -57,6 +72,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (left_out if idle(item) else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
+
+
+def _backend(item: pytest.Item) -> object:
+    parameters = _parameters(item)
+    return parameters.get("variant", parameters.get("backend"))
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:
@@ -99,11 +119,12 @@ def variant(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=ABSENT)
 def absent(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of a backend that is not here; the one that only the interpreter runs is as it is without."""
+    """The name of a backend that is not here; one that is only interpreted or emulated is as it is without."""
     from lightning_attn import backends, ops
 
     if request.param in INTERPRETED:
-        monkeypatch.setattr(backends.load(request.param), "INTERPRETED", False)
+        how = {"triton": "INTERPRETED", "cuda": "EMULATED"}[request.param]
+        monkeypatch.setattr(backends.load(request.param), how, False)
     ops._resolve.cache_clear()
     yield request.param
     ops._resolve.cache_clear()
@@ -119,6 +140,20 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()  # other processes want some of the GPU too
+
+
+@pytest.fixture
+def uncut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sequence is cut in segments, as it may be where there is little beside it: its bits are its own."""
+    torch.set_num_threads(1)
+    if "triton" in BACKENDS:
+        from triton_support import in_segments
+
+        from lightning_attn.backends.triton import config
+
+        monkeypatch.setattr(config, "segments", in_segments(1))
 
 
 @pytest.fixture

@@ -12,7 +12,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from support import Inputs, affordable, assert_same_bits, dtypes_of, make_inputs, make_norm_inputs
+from support import (
+    GPU_BACKENDS,
+    Inputs,
+    affordable,
+    assert_same_bits,
+    dtypes_of,
+    make_inputs,
+    make_norm_inputs,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -136,6 +144,10 @@ def check(kernels, backend: str, side: str, name: str) -> None:
         ):
             x = make_inputs(**shape, dtype=dtype)
             compare((name, dtype, shape), lambda g, x=x: g.attention(kernels, x, None), side)
+        for rows, D in ((1, 1), (3, 5), (2, 16), (5, 33), (7, 127), (200, 300)):
+            norm = make_norm_inputs((rows, D), dtype, accumulation_dtype(dtype))
+            compare((name, "norm", dtype, rows, D), lambda g, norm=norm: g.norm(kernels, norm), side)
+    for dtype in dtypes_of(backend, "attention_decode"):
         state_dtypes = {accumulation_dtype(dtype), torch.bfloat16 if dtype != torch.float64 else dtype}
         for state_dtype in sorted(state_dtypes, key=str):
             for K, V in dims:
@@ -145,9 +157,6 @@ def check(kernels, backend: str, side: str, name: str) -> None:
                     lambda g, x=x, s=state_dtype: g.decode(kernels, x, s, heads_first),
                     side,
                 )
-        for rows, D in ((1, 1), (3, 5), (2, 16), (5, 33), (7, 127), (200, 300)):
-            norm = make_norm_inputs((rows, D), dtype, accumulation_dtype(dtype))
-            compare((name, "norm", dtype, rows, D), lambda g, norm=norm: g.norm(kernels, norm), side)
 
 
 GARBAGE = [
@@ -161,12 +170,16 @@ GARBAGE = [
 ]
 
 
-def check_garbage(kernels, side: str) -> None:
-    """Offsets and slots that nobody has looked at, as on a GPU: results are of no use, and nothing else is touched."""
+def check_garbage_offsets(kernels, side: str) -> None:
+    """Offsets that nobody has looked at, as on a GPU: results are of no use, and nothing else is touched."""
     x = make_inputs(lengths=(10, 60, 30, 40), H=2, K=16, V=9)
     for offsets in GARBAGE:
         print("offsets", offsets, flush=True)
         Guards(side).attention(kernels, replace(x, cu_seqlens=torch.tensor(offsets)), None)
+
+
+def check_garbage_slots(kernels, side: str) -> None:
+    """So it is with slots."""
     few = make_inputs(B=3, T=2, H=2, K=16, V=9)
     for slots in ((-1, -2, 3), (2**31, -(2**31), 2**62), (3, 1000, -(2**62))):
         print("slots", slots, flush=True)
@@ -188,9 +201,10 @@ def main(backend: str, side: str) -> None:
         from lightning_attn.backends.triton import config
 
         config.segments = of_length(64)
-        check_garbage(kernels, side)
-        check(kernels, backend, side, backend)
-    else:
+        check_garbage_offsets(kernels, side)
+    if backend in GPU_BACKENDS:
+        check_garbage_slots(kernels, side)
+    if backend != "cpu":
         check(kernels, backend, side, backend)
     print("checked")
 

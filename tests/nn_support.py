@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, HERE, ON_CPU, dtype_id
+from support import BACKENDS, DTYPES, ON_CPU, dtype_id
 from torch import Tensor
 
 from lightning_attn import LightningAttention
@@ -12,7 +12,7 @@ from lightning_attn import LightningAttention
 HIDDEN, HEADS, DIM = 20, 3, 8
 PARAMETERS = ["qkv_proj.weight", "output_gate.weight", "norm.weight", "out_proj.weight"]
 
-here = pytest.mark.parametrize("backend", HERE)
+here = pytest.mark.parametrize("backend", BACKENDS)
 on_cpu = pytest.mark.parametrize("backend", ON_CPU)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 

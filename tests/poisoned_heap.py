@@ -10,7 +10,7 @@ if POISONED:
 
 import torch
 from support import (
-    BACKENDS,
+    HERE,
     affordable,
     check,
     check_norm,
@@ -41,7 +41,7 @@ FEWER = [
 def main() -> None:
     assert torch.empty(100_000).isnan().all() or not POISONED
     torch.set_num_threads(2)
-    for backend in BACKENDS:
+    for backend in HERE:
         instruction_sets = [None]
         if backend == "cpu":
             from lightning_attn import _C
@@ -56,12 +56,10 @@ def main() -> None:
                     check(run(x, backend), x)
                 norm = make_norm_inputs((30, 19), dtype)
                 check_norm(run_norm(norm, 1e-6, backend), norm, 1e-6)
-                few = make_inputs(B=3, T=2, H=2, K=7, V=9, dtype=dtype)
-                state = few.initial_state.clone()
-                slots = torch.tensor([0, -1, 2])
-                o = lightning_attention_decode(
-                    few.q, few.k, few.v, few.decay, state, slots=slots, backend=backend
-                )
+            for dtype in dtypes_of(backend, "attention_decode"):
+                x = make_inputs(B=3, T=2, H=2, K=7, V=9, dtype=dtype)
+                state, slots = x.initial_state.clone(), torch.tensor([0, -1, 2])
+                o = lightning_attention_decode(x.q, x.k, x.v, x.decay, state, slots=slots, backend=backend)
                 assert o.isfinite().all() and state.isfinite().all()
     print("checked")
 

@@ -27,39 +27,41 @@ T = TypeVar("T")
 BACKENDS = [name for name, status in available_backends().items() if status == "ok"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HALF = [torch.bfloat16, torch.float16]
+GPU_BACKENDS = ("triton", "cuda")  # made for GPUs, whatever they run on here
 RATES = (0.03, 0.0, 2.0, 0.4, 30.0)  # of the heads of a test, in turn
 
 
 def device_of(backend: str) -> str:
     """Where the tensors of a backend's tests live."""
-    return "cuda" if backend == "cuda" or (backend == "triton" and torch.cuda.is_available()) else "cpu"
+    return "cuda" if backend in GPU_BACKENDS and torch.cuda.is_available() else "cpu"
 
 
-# Backends on CPU tensors: all, those that are made for them, and the one that Triton's interpreter runs on them.
+# Backends on CPU tensors: all, those that are made for them, and those that an interpreter or an emulator runs on them.
 HERE = [name for name in BACKENDS if device_of(name) == "cpu"]
-ON_CPU = [name for name in HERE if name != "triton"]
-INTERPRETED = [name for name in HERE if name == "triton"]
+ON_CPU = [name for name in HERE if name not in GPU_BACKENDS]
+INTERPRETED = [name for name in HERE if name in GPU_BACKENDS]
 COMPILED = [name for name in BACKENDS if name not in INTERPRETED]
-# Those that a process without the interpreter has not.
+# Those that a process without these has not.
 ABSENT = [name for name in KNOWN if name not in COMPILED]
 
 
 def affordable(backend: str, usual: T, interpreted: T) -> T:
-    """A size or a number of times; in the interpreter, which takes milliseconds for a row and head, another one."""
+    """A size or a number of times; interpreted, which takes milliseconds for a row and head, another one."""
     return interpreted if backend in INTERPRETED else usual
 
 
 def plain_environment() -> dict[str, str]:
-    """The environment of a process that runs nothing in Triton's interpreter."""
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    """The environment of a process that interprets and emulates nothing."""
+    pretences = ("TRITON_INTERPRET", "LIGHTNING_ATTN_EMULATE_CUDA")
+    return {name: value for name, value in os.environ.items() if name not in pretences}
 
 
 @functools.cache
-def dtypes_of(backend: str) -> list[torch.dtype]:
-    """The dtypes that a backend says it takes."""
+def dtypes_of(backend: str, op: str = "attention_forward") -> list[torch.dtype]:
+    """The dtypes in which a backend says it takes a raw function; none, if it has no such function."""
 
     def spec(dtype: torch.dtype) -> Spec:
-        return Spec("attention_forward", device_of(backend), dtype, accumulation_dtype(dtype), 16, 16)
+        return Spec(op, device_of(backend), dtype, accumulation_dtype(dtype), 16, 16)
 
     return [dtype for dtype in DTYPES if not supports(backend, spec(dtype))]
 
@@ -245,7 +247,8 @@ def check(actual: Result, x: Inputs) -> None:
 def assert_same_bits(actual: Tensor, expected: Tensor, name: str = "output") -> None:
     """Equal bit by bit, NaN payloads and signs of zero included."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape, name
-    a, b = (x.detach().cpu().contiguous().view(torch.uint8) if x.dim() else x for x in (actual, expected))
+    a, b = (x.detach().cpu() for x in (actual, expected))
+    a, b = (x.contiguous().view(torch.uint8) if x.dim() else x for x in (a, b))
     assert torch.equal(a, b), f"{name}: {int((a != b).sum())} of {a.numel()} bytes differ"
 
 
@@ -324,7 +327,9 @@ def poisoned_memory() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(3).isnan().all()
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            assert torch.empty(3, device=device).isnan().all()
+            assert torch.ones(2, device=device).new_empty(3).isnan().all()
         yield
     finally:
         torch.use_deterministic_algorithms(before)

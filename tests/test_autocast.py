@@ -5,7 +5,7 @@ Within autocast a call is the call on inputs cast by hand, bit by bit; so are it
 
 import pytest
 import torch
-from support import HALF, HERE, ON_CPU, Inputs, assert_same_bits, dtype_id, make_inputs
+from support import HALF, ON_CPU, Inputs, assert_same_bits, device_of, dtype_id, make_inputs
 from torch import Tensor
 
 from lightning_attn import (
@@ -20,12 +20,11 @@ from lightning_attn import (
 Leaves = tuple[Tensor, Tensor, Tensor, Tensor]
 
 half = pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
-here = pytest.mark.parametrize("backend", HERE)
 inputs_dtype = pytest.mark.parametrize("given", [torch.float32, *HALF], ids=lambda d: f"from-{dtype_id(d)}")
 
 
-def autocast(dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast("cpu", dtype=dtype)
+def autocast(dtype: torch.dtype, backend: str = "auto") -> torch.autocast:
+    return torch.autocast(device_of(backend), dtype=dtype)
 
 
 def leaves_of(x: Inputs, dtype: torch.dtype) -> Leaves:
@@ -42,15 +41,14 @@ def attend(
     )
 
 
-@here
 @half
 @inputs_dtype
 @pytest.mark.parametrize("inside", [True, False], ids=["backward-inside", "backward-outside"])
 def test_attention(backend: str, dtype: torch.dtype, given: torch.dtype, inside: bool) -> None:
     """Row 20: o in autocast's dtype, states and decay in float32, each gradient in the dtype of its input."""
-    x = make_inputs(B=2, T=70, H=3, K=16, V=24)
+    x = make_inputs(B=2, T=70, H=3, K=16, V=24).to(device_of(backend))
     leaves = leaves_of(x, given)
-    with autocast(dtype):
+    with autocast(dtype, backend):
         o, state = attend(x, *leaves, backend)
         if inside:
             actual = torch.autograd.grad((o, state), leaves, (x.do.to(dtype), x.dstate))
@@ -69,20 +67,20 @@ def test_attention(backend: str, dtype: torch.dtype, given: torch.dtype, inside:
         assert_same_bits(a, b.to(a.dtype), "gradient")
 
 
-@here
 @half
 def test_decay_is_not_rounded(backend: str, dtype: torch.dtype) -> None:
     """Row 20: a decay that a 16-bit dtype would round is used as it is: what is left of the first of 4,000
     tokens tells."""
     T, eps = 4000, torch.finfo(dtype).eps
+    device = device_of(backend)
     rate = torch.tensor([0.005]).to(dtype).float()
     rate += 0.49 * (torch.nextafter(rate.to(dtype), torch.ones(1, dtype=dtype)) - rate)
     if_rounded = torch.exp((rate - rate.to(dtype)) * (T - 1)).item()
     assert abs(if_rounded - 1) > 4 * eps
-    q, k, v = (torch.zeros(1, T, 1, 1) for _ in range(3))
+    q, k, v = (torch.zeros(1, T, 1, 1, device=device) for _ in range(3))
     k[0, 0] = v[0, 0] = 1
-    with autocast(dtype):
-        _, state = lightning_attention(q, k, v, rate, return_state=True, backend=backend)
+    with autocast(dtype, backend):
+        _, state = lightning_attention(q, k, v, rate.to(device), return_state=True, backend=backend)
     exact = torch.exp(-(T - 1) * rate.double())
     assert abs(state.item() / exact.item() - 1) < eps
 
@@ -93,7 +91,7 @@ def test_float64_is_left_alone(backend: str, dtype: torch.dtype) -> None:
     """Row 20: as PyTorch's own operators do, autocast does not touch float64."""
     x = make_inputs(B=2, T=20, H=3, K=16, V=24, dtype=torch.float64)
     leaves = leaves_of(x, torch.float64)
-    with autocast(dtype):
+    with autocast(dtype, backend):
         o, state = attend(x, *leaves, backend)
         y = gated_rms_norm(o, o.detach() * 2, torch.ones(24, dtype=torch.float64), backend=backend)
         q, k, v = (t.detach() for t in leaves[:3])
@@ -104,33 +102,32 @@ def test_float64_is_left_alone(backend: str, dtype: torch.dtype) -> None:
     assert_same_bits(o, attend(x, *leaves, backend)[0], "o")
 
 
-@here
 @half
 def test_mixed_inputs(backend: str, dtype: torch.dtype) -> None:
     """Row 20: inputs of several dtypes, an error elsewhere, are cast to one. Autocast switched off again is
     off."""
-    x = make_inputs(B=2, T=20, H=3, K=16, V=24)
+    x = make_inputs(B=2, T=20, H=3, K=16, V=24).to(device_of(backend))
     q, k, v = x.q.to(dtype), x.k.half(), x.v
     with pytest.raises(TypeError, match="expected [kv] of q's dtype"):
         lightning_attention(q, k, v, x.decay, backend=backend)
-    with autocast(dtype):
+    with autocast(dtype, backend):
         o = lightning_attention(q, k, v, x.decay, backend=backend)
         expected = lightning_attention(q, k.to(dtype), v.to(dtype), x.decay, backend=backend)
         assert_same_bits(o, expected, "o")
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(device_of(backend), enabled=False):
             assert lightning_attention(x.q, x.k, x.v, x.decay, backend=backend).dtype == torch.float32
             with pytest.raises(TypeError, match="expected [kv] of q's dtype"):
                 lightning_attention(q, k, v, x.decay, backend=backend)
 
 
-@here
+@pytest.mark.decode
 @half
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=lambda d: f"state-{dtype_id(d)}")
 def test_decode(backend: str, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     """Row 20: the caller's own state is updated, in its own dtype; o is in autocast's."""
-    x = make_inputs(B=2, T=2, H=3, K=16, V=24)
+    x = make_inputs(B=2, T=2, H=3, K=16, V=24).to(device_of(backend))
     states = [x.initial_state.to(state_dtype, copy=True) for _ in range(2)]
-    with autocast(dtype):
+    with autocast(dtype, backend):
         o = lightning_attention_decode(x.q, x.k, x.v, x.decay, states[0], backend=backend)
     q, k, v = (t.to(dtype) for t in (x.q, x.k, x.v))
     expected = lightning_attention_decode(q, k, v, x.decay, states[1], backend=backend)
@@ -140,16 +137,16 @@ def test_decode(backend: str, dtype: torch.dtype, state_dtype: torch.dtype) -> N
     assert not torch.equal(states[0], x.initial_state.to(state_dtype))
 
 
-@here
 @half
 @inputs_dtype
 def test_gated_rms_norm(backend: str, dtype: torch.dtype, given: torch.dtype) -> None:
     """Row 20: y in autocast's dtype; a float32 weight stays one; each gradient in the dtype of its input."""
     random = torch.Generator().manual_seed(0)
-    x, gate, dy = (torch.randn(4, 5, 33, generator=random).to(given) for _ in range(3))
-    weight = torch.randn(33, generator=random)
+    device = device_of(backend)
+    x, gate, dy = (torch.randn(4, 5, 33, generator=random).to(device, given) for _ in range(3))
+    weight = torch.randn(33, generator=random).to(device)
     leaves = [t.requires_grad_() for t in (x, gate, weight)]
-    with autocast(dtype):
+    with autocast(dtype, backend):
         y = gated_rms_norm(*leaves, backend=backend)
     actual = torch.autograd.grad(y, leaves, dy.to(dtype))
     assert y.dtype == dtype
@@ -162,7 +159,6 @@ def test_gated_rms_norm(backend: str, dtype: torch.dtype, given: torch.dtype) ->
         assert_same_bits(a, b.to(a.dtype), "gradient")
 
 
-@here
 @half
 @pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
 def test_module(backend: str, dtype: torch.dtype, masked: bool) -> None:
@@ -175,18 +171,20 @@ def test_module(backend: str, dtype: torch.dtype, masked: bool) -> None:
             p.copy_(torch.randn_like(p).to(dtype))
     narrow = LightningAttention(20, 3, 8, layer_idx=1, num_layers=4, dtype=dtype)
     narrow.load_state_dict(module.state_dict())
+    device = device_of(backend)
+    module, narrow = module.to(device), narrow.to(device)
     random = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 30, 20, generator=random)
-    dy = torch.randn(2, 30, 20, generator=random).to(dtype)
-    initial, dstate = (torch.randn(2, 3, 8, 8, generator=random) for _ in range(2))
-    mask = torch.rand(2, 30, generator=random) > 0.3 if masked else None
+    x = torch.randn(2, 30, 20, generator=random).to(device)
+    dy = torch.randn(2, 30, 20, generator=random).to(device, dtype)
+    initial, dstate = (torch.randn(2, 3, 8, 8, generator=random).to(device) for _ in range(2))
+    mask = torch.rand(2, 30, generator=random).to(device) > 0.3 if masked else None
 
     def run(module: LightningAttention, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         leaves = [x.requires_grad_(), initial.clone().requires_grad_(), *module.parameters()]
         y, state = module(leaves[0], state=leaves[1], return_state=True, attention_mask=mask, backend=backend)
         return y, state, torch.autograd.grad((y, state), leaves, (dy, dstate))
 
-    with autocast(dtype):
+    with autocast(dtype, backend):
         y, state, gradients = run(module, x.clone())
     assert y.dtype == dtype and state.dtype == torch.float32
     assert all(g.dtype == torch.float32 for g in gradients)

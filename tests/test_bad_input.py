@@ -22,9 +22,9 @@ def no_kernel_runs(monkeypatch):
     for backend in BACKENDS:
         module = backends.load(backend)
         for name in ("attention_forward", "attention_backward", "attention_decode"):
-            monkeypatch.setattr(module, name, kernel)
+            monkeypatch.setattr(module, name, kernel, raising=False)  # a backend may have no such function
         for name in ("gated_rms_norm_forward", "gated_rms_norm_backward"):
-            monkeypatch.setattr(module, name, kernel)
+            monkeypatch.setattr(module, name, kernel, raising=False)
 
 
 def zeros(*shape, dtype=torch.float32, device="cpu"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import HERE, assert_same_bits, dtype_id, make_inputs, offsets
+from support import assert_same_bits, device_of, dtype_id, make_inputs, offsets
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -294,17 +294,41 @@ def test_one_tensor_for_several_arguments() -> None:
         assert b.any() and (a - b).abs().max() <= 1e-14 * b.abs().max()
 
 
-@pytest.mark.parametrize("backend", HERE)
 def test_named_backend(backend: str) -> None:
-    """Row 5: a named backend is the one that runs in compiled code."""
-    x = make_inputs(B=2, T=20, H=3, K=16, V=24)
+    """Row 5: a named backend is the one that runs in compiled code, for any length; gradients too."""
 
-    def function(q: Tensor, k: Tensor, v: Tensor, rates: Tensor) -> Tensor:
-        return lightning_attention(q, k, v, rates, backend=backend)
+    def loss(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, initial: Tensor) -> Tensor:
+        o, state = lightning_attention(
+            q, k, v, rates, initial_state=initial, return_state=True, backend=backend
+        )
+        return o.square().sum() + state.sin().sum()
 
-    call, _ = compiled(function)
-    args = x.q, x.k, x.v, x.decay
-    assert_all_same(call(*args), function(*args))
+    call, counter = compiled(loss)
+    for T in TOKENS[:3]:
+        x = make_inputs(B=2, T=T, H=3, K=16, V=24).to(device_of(backend))
+        leaves = [t.clone().requires_grad_() for t in (x.q, x.k, x.v, x.initial_state)]
+        args = *leaves[:3], x.decay, leaves[3]
+        assert_all_same(torch.autograd.grad(call(*args), leaves), torch.autograd.grad(loss(*args), leaves))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.decode
+def test_decode_on_a_named_backend(backend: str) -> None:
+    """Row 5: compiled code updates the state in place, slots vary, -1 is padding."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor, slots: Tensor) -> Tensor:
+        return 2 * lightning_attention_decode(q, k, v, rates, state, slots=slots, backend=backend)
+
+    call, counter = compiled(step)
+    device = device_of(backend)
+    rates, states = decay.alibi(3).to(device), [normal(5, 3, 8, 4).to(device) for _ in range(2)]
+    for seed, slots in enumerate(([4, 0, 1], [1, -1, 3], [-1, -1, 2])):
+        q, k, v = (normal(3, 1, 3, d, seed=10 * seed + d).to(device) for d in (8, 8, 4))
+        rows, old = torch.tensor(slots, device=device), states[0].clone()
+        assert_all_same(call(q, k, v, rates, states[0], rows), step(q, k, v, rates, states[1], rows))
+        assert_same_bits(*states, "state")
+        assert not torch.equal(states[0], old)
+    assert counter.frame_count == 1
 
 
 BAD_VALUES: Sequence[tuple[str, dict[str, Tensor], str]] = [

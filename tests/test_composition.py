@@ -119,9 +119,8 @@ def alone(x: Inputs, lengths: tuple[int, ...], n: int, backend: str) -> tuple[to
 
 
 @given(lengths=documents, order=st.randoms(use_true_random=False))
-def test_the_order_of_the_documents_does_not_matter(backend, lengths, order):
-    """Row 18: a mixed batch in any order; on one thread, where no document is cut, to the last bit."""
-    torch.set_num_threads(1)
+def test_the_order_of_the_documents_does_not_matter(backend, uncut, lengths, order):
+    """Row 18: a mixed batch in any order; where no document is cut, to the last bit."""
     x = make_inputs(lengths=tuple(lengths), H=2, K=16, V=24).to(device_of(backend))
     permutation = list(range(len(lengths)))
     order.shuffle(permutation)
@@ -143,9 +142,8 @@ def test_the_order_of_the_documents_does_not_matter(backend, lengths, order):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=dtype_id)
-def test_a_packed_document_equals_itself_alone_to_the_last_bit(variant, dtype):
-    """Row 18: on one thread, where no document is cut."""
-    torch.set_num_threads(1)
+def test_a_packed_document_equals_itself_alone_to_the_last_bit(variant, uncut, dtype):
+    """Row 18: where no document is cut."""
     lengths = (70, 0, 1, 129, 64)
     x = make_inputs(lengths=lengths, H=2, K=17, V=24, dtype=dtype).to(device_of(variant))
     o, state = lightning_attention(
@@ -160,14 +158,10 @@ def test_a_packed_document_equals_itself_alone_to_the_last_bit(variant, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=dtype_id)
-def test_the_rows_of_a_batch_equal_themselves_alone(variant, dtype):
-    """Row 18: under the rule, and in kernels of our own to the last bit (on one thread; decode on any number)."""
+def test_the_rows_of_a_batch_equal_themselves_alone(variant, uncut, dtype):
+    """Row 18: under the rule, and in kernels of our own to the last bit where no sequence is cut."""
     x = make_inputs(B=4, T=70, H=2, K=17, V=24, dtype=dtype)
     y = x.to(device_of(variant))
-    few = [t[:, :3] for t in (y.q, y.k, y.v)]
-    state = y.initial_state.clone()
-    decoded = lightning_attention_decode(*few, y.decay, state, backend=variant)
-    torch.set_num_threads(1)
 
     def attend(rows):
         return lightning_attention(
@@ -182,11 +176,28 @@ def test_the_rows_of_a_batch_equal_themselves_alone(variant, dtype):
         return
     for a, b in zip((o, final), attend(slice(None)), strict=True):
         assert_same_bits(a, b)
-    for row in rows:
-        own = y.initial_state[row].clone()
-        o = lightning_attention_decode(*(t[row] for t in few), y.decay, own, backend=variant)
-        assert_same_bits(o, decoded[row])
-        assert_same_bits(own, state[row])
+
+
+@pytest.mark.decode
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=dtype_id)
+def test_the_rows_of_a_decoded_batch_equal_themselves_alone(variant, dtype):
+    """Row 18: under the rule, and in kernels of our own to the last bit."""
+    x = make_inputs(B=4, T=3, H=2, K=17, V=24, dtype=dtype)
+    y = x.to(device_of(variant))
+
+    def decode(rows):
+        state = y.initial_state[rows].clone()
+        o = lightning_attention_decode(
+            y.q[rows], y.k[rows], y.v[rows], y.decay, state, scale=y.scale, backend=variant
+        )
+        return o, state
+
+    o, state = (torch.cat(parts) for parts in zip(*(decode(slice(b, b + 1)) for b in range(4)), strict=True))
+    check_forward(o, state, x)
+    if variant == "reference":
+        return
+    for a, b in zip((o, state), decode(slice(None)), strict=True):
+        assert_same_bits(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=dtype_id)

@@ -159,6 +159,7 @@ def test_outputs_are_contiguous_and_alias_no_input(backend):
 # ---- decode ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.decode
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=dtype_id)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_of_the_operands_of_decode(variant, layout, dtype):
@@ -174,6 +175,7 @@ def test_any_layout_of_the_operands_of_decode(variant, layout, dtype):
         assert_same_bits(a, b)
 
 
+@pytest.mark.decode
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("layout", ["heads first", "every other row", "heads of a wider cache", "odd offset"])
 def test_decode_updates_a_view_of_a_larger_cache_in_place(variant, layout, state_dtype):
@@ -207,7 +209,7 @@ def test_any_layout_of_the_operands_of_gated_rms_norm(variant, layout, dtype):
     """Row 10: x, gate and dy, in views that are a matrix of rows and in views that are not."""
     x, gate, weight, dy = make_norm_inputs((2, 5, 3, 19), dtype)
     views = [LAYOUTS[layout](t.to(device_of(variant))) for t in (x, gate)]
-    weights = torch.full((2 * 19,), torch.nan, dtype=dtype)[::2].copy_(weight).to(device_of(variant))
+    weights = torch.full((2 * 19,), torch.nan, dtype=dtype, device=device_of(variant))[::2].copy_(weight)
 
     def form(*args, **kwargs):
         return gated_rms_norm(*args, **kwargs, backend=variant)

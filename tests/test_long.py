@@ -118,15 +118,16 @@ def far_apart(*values: torch.Tensor) -> list[torch.Tensor]:
     return views
 
 
-def half_of(backend: str) -> torch.dtype:
-    """A 16-bit dtype that the backend takes: bfloat16, or else float16."""
-    return next(dtype for dtype in HALF if dtype in dtypes_of(backend))
+def half_of(backend: str, op: str) -> torch.dtype:
+    """A 16-bit dtype in which the backend takes a raw function: bfloat16, or else float16."""
+    return next(dtype for dtype in HALF if dtype in dtypes_of(backend, op))
 
 
 @pytest.mark.parametrize("dim", [0, 1], ids=["batch", "tokens"])
 def test_offsets_beyond_2_to_the_31_elements(backend, dim):
     """Row 14: rows of the batch, or tokens, 2^30 elements apart."""
-    x = make_inputs(B=3, T=3, H=2, K=8, V=8, dtype=half_of(backend)).to(device_of(backend))
+    dtype = half_of(backend, "attention_backward")
+    x = make_inputs(B=3, T=3, H=2, K=8, V=8, dtype=dtype).to(device_of(backend))
     tensors = [t.transpose(0, dim).contiguous() for t in (x.q, x.k, x.v, x.do)]
     q, k, v, do = (t.transpose(0, dim) for t in far_apart(*tensors))
     leaves = [t.requires_grad_() for t in (q, k, v)]
@@ -139,9 +140,11 @@ def test_offsets_beyond_2_to_the_31_elements(backend, dim):
         assert_same_bits(a, b)
 
 
+@pytest.mark.decode
 def test_states_beyond_2_to_the_31_elements(backend):
     """Row 14: rows of a cache 2^30 elements apart."""
-    x = make_inputs(B=3, T=1, H=2, K=8, V=8, dtype=half_of(backend)).to(device_of(backend))
+    dtype = half_of(backend, "attention_decode")
+    x = make_inputs(B=3, T=1, H=2, K=8, V=8, dtype=dtype).to(device_of(backend))
     dense = x.initial_state.to(torch.bfloat16)
     (state,) = far_apart(dense)
     o = lightning_attention_decode(x.q, x.k, x.v, x.decay, state, backend=backend)

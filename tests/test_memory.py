@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from support import (
-    BACKENDS,
     DTYPES,
     HALF,
+    HERE,
     ON_CPU,
     Inputs,
     Result,
@@ -30,8 +30,9 @@ from support import (
 
 from lightning_attn import lightning_attention_decode
 
-HERE = Path(__file__).parent
-KERNELS = [backend for backend in BACKENDS if backend != "reference"]
+TESTS = Path(__file__).parent
+# On CPU tensors, as the buffers between guard pages are; on a GPU there are canaries (test_gpu_memory.py).
+KERNELS = [backend for backend in HERE if backend != "reference"]
 SHAPES = {
     "odd": {"B": 8, "T": 70, "H": 2, "K": 7, "V": 9},
     "wide": {"B": 1, "T": 65, "H": 2, "K": 100, "V": 129},
@@ -43,7 +44,7 @@ SHAPES = {
 def script(name: str, *arguments: str) -> str:
     """What tests/<name> prints, run in an interpreter of its own: it may crash."""
     process = subprocess.run(
-        [sys.executable, str(HERE / name), *arguments],
+        [sys.executable, str(TESTS / name), *arguments],
         capture_output=True,
         text=True,
         timeout=300,
@@ -75,6 +76,7 @@ def test_no_output_or_gradient_is_left_unwritten(variant, shape, dtype):
     check(result, x)
 
 
+@pytest.mark.decode
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_no_output_of_decode_is_left_unwritten_for_padding_neither(variant, dtype):
     """Row 6: the rows of padding are zeros, not what the memory held."""
@@ -184,6 +186,7 @@ def test_later_tokens_change_no_bit_of_earlier_outputs(variant, dtype):
         assert_same_bits(run(replace(x, **later), variant)["o"][:, :t], clean[:, :t])
 
 
+@pytest.mark.decode
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_nan_in_padding_rows_and_unused_slots_changes_no_bit_in_decode(variant, dtype):
     """Rows 7 and 17: rows with slot -1, and states that no slot names, are neither read nor written."""
@@ -203,11 +206,11 @@ def test_nan_in_padding_rows_and_unused_slots_changes_no_bit_in_decode(variant, 
 # ---- row 8: nothing beyond the buffers is touched -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("side", ["after", "before"])
-def test_guard_pages_around_every_buffer_stay_untouched(backend, side):
+def test_guard_pages_around_every_buffer_stay_untouched(name, side):
     """Row 8: every input and output lies against memory whose touch ends the process; no bit differs."""
-    assert "checked" in script("guard_pages.py", backend, side)
+    assert "checked" in script("guard_pages.py", name, side)
 
 
 # ---- memory taken ---------------------------------------------------------------------------------------------

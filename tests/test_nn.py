@@ -17,6 +17,7 @@ from support import (
     Result,
     assert_close_to_truth,
     assert_same_bits,
+    device_of,
     dtype_id,
     offsets,
     poisoned_memory,
@@ -97,13 +98,18 @@ def differentiated(
     }
 
 
-def ours(module: LightningAttention, **options: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The module as a function of its parameters."""
+def ours(
+    module: LightningAttention, *, backend: str = "auto", **tensors: Tensor
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The module on one backend as a function of its parameters, from the CPU to the CPU."""
+    device = device_of(backend)
 
     def form(parameters: dict[str, Tensor], x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.functional_call(
-            module, parameters, (x,), {"state": state, "return_state": True, **options}
-        )
+        there = {n: t.to(device) for n, t in {"state": state, **tensors}.items()}
+        options = {**there, "return_state": True, "backend": backend}
+        own = {n: t.to(device) for n, t in {"decay": module.decay, **parameters}.items()}
+        y, last = torch.func.functional_call(module, own, (x.to(device),), options)
+        return y.cpu(), last.cpu()
 
     return form
 
@@ -288,9 +294,10 @@ def test_state_is_not_written() -> None:
 @pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
 def test_empty(backend: str, B: int, T: int, masked: bool) -> None:
     """Row 11: no tokens, no sequences."""
-    module, state = layer(), states(B)
-    mask = torch.ones(B, T) if masked else None
-    x = normal(B, T, HIDDEN).requires_grad_()
+    device = device_of(backend)
+    module, state = layer().to(device), states(B).to(device)
+    mask = torch.ones(B, T, device=device) if masked else None
+    x = normal(B, T, HIDDEN).to(device).requires_grad_()
     y, last = module(x, state=state, return_state=True, attention_mask=mask, backend=backend)
     assert y.shape == (B, T, HIDDEN)
     assert_same_bits(last, state, "state")
@@ -397,12 +404,13 @@ def test_junk_in_padding(backend: str, mask: Tensor, junk: float) -> None:
 def test_all_padding(backend: str) -> None:
     """Row 7: a sequence of padding only returns its state untouched, with no state zeros; its gradient passes
     through."""
-    module, mask = layer(), torch.zeros(2, 6)
-    x, first = torch.full((2, 6, HIDDEN), float("nan")), states(2).requires_grad_()
+    device = device_of(backend)
+    module, mask = layer().to(device), torch.zeros(2, 6, device=device)
+    x, first = torch.full((2, 6, HIDDEN), float("nan"), device=device), states(2).to(device).requires_grad_()
     y, last = module(x, state=first, return_state=True, attention_mask=mask, backend=backend)
     assert_same_bits(last, first, "state")
     assert_same_bits(y.detach(), torch.zeros(2, 6, HIDDEN), "y")
-    (gradient,) = torch.autograd.grad(last, first, states(2, seed=8), retain_graph=True)
+    (gradient,) = torch.autograd.grad(last, first, states(2, seed=8).to(device), retain_graph=True)
     assert_same_bits(gradient, states(2, seed=8), "gradient of the state")
     y.sum().backward()
     assert not any(p.grad.any() for p in module.parameters())

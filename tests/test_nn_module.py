@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nn_support import DIM, HEADS, HIDDEN, PARAMETERS, dtypes, here, layer, normal, on_cpu, states
-from support import assert_close_to_truth, assert_same_bits, dtype_id, poisoned_memory
+from support import assert_close_to_truth, assert_same_bits, device_of, dtype_id, poisoned_memory
 from torch import Tensor
 
 from lightning_attn import GatedRMSNorm, LightningAttention, decay
@@ -268,10 +268,10 @@ def test_causal() -> None:
 @dtypes
 def test_gated_rms_norm(backend: str, dtype: torch.dtype) -> None:
     """Row 1: the module is the formula, with its own weight and eps."""
-    norm = GatedRMSNorm(33, eps=0.25).to(dtype)
+    norm = GatedRMSNorm(33, eps=0.25).to(device_of(backend), dtype)
     with torch.no_grad():
         norm.weight.copy_(normal(33, seed=2))
-    x, gate = (normal(4, 5, 33, seed=seed, dtype=dtype) for seed in (0, 1))
+    x, gate = (normal(4, 5, 33, seed=seed, dtype=dtype).to(device_of(backend)) for seed in (0, 1))
 
     def formula(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (33,), weight, 0.25) * gate.sigmoid()

@@ -6,23 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from support import HERE, LAYOUTS, dtype_id, dtypes_of, make_inputs
+from support import BACKENDS, DTYPES, LAYOUTS, device_of, dtype_id, make_inputs
 
 from lightning_attn.dispatch import accumulation_dtype
 
 OPS = torch.ops.lightning_attn
 UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-KINDS = [(backend, dtype) for backend in HERE for dtype in dtypes_of(backend)]
 
-kinds = pytest.mark.parametrize("backend, dtype", KINDS, ids=dtype_id)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 # The operators are the same but for the last argument: of the backends that are slow here only the full case.
 SLOW = ("reference", "triton")
 OPTIONAL = [
     (backend, dtype, packed, state)
-    for (backend, dtype), packed, state in itertools.product(KINDS, (False, True), (False, True))
+    for backend, dtype, packed, state in itertools.product(BACKENDS, DTYPES, (False, True), (False, True))
     if backend not in SLOW or (packed and state)
 ]
-STRIDED = [(b, layout) for b in HERE for layout in LAYOUTS if b not in SLOW or "element" in layout]
+STRIDED = [(b, layout) for b in BACKENDS for layout in LAYOUTS if b not in SLOW or "element" in layout]
 optional = pytest.mark.parametrize("backend, dtype, packed, state", OPTIONAL, ids=dtype_id)
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code")
@@ -57,7 +56,9 @@ def test_every_operator_is_checked_here() -> None:
 @optional
 def test_opcheck_attention_forward(backend: str, dtype: torch.dtype, packed: bool, state: bool) -> None:
     """Row 4: with and without initial_state, cu_seqlens (int32 and int64) and the returned state."""
-    x = make_inputs(B=2, T=7, H=3, K=5, V=4, dtype=dtype, lengths=(3, 0, 4) if packed else None, state=state)
+    x = make_inputs(
+        B=2, T=7, H=3, K=5, V=4, dtype=dtype, lengths=(3, 0, 4) if packed else None, state=state
+    ).to(device_of(backend))
     args = x.q, x.k, x.v, x.decay, x.scale, x.initial_state
     for return_state in (False, True):
         opcheck(OPS.attention_forward.default, *args, x.cu_seqlens, return_state, backend)
@@ -68,19 +69,23 @@ def test_opcheck_attention_forward(backend: str, dtype: torch.dtype, packed: boo
 @optional
 def test_opcheck_attention_backward(backend: str, dtype: torch.dtype, packed: bool, state: bool) -> None:
     """Row 4: with and without initial_state, cu_seqlens and the gradient of the state."""
-    x = make_inputs(B=2, T=7, H=3, K=5, V=4, dtype=dtype, lengths=(3, 0, 4) if packed else None, state=state)
+    x = make_inputs(
+        B=2, T=7, H=3, K=5, V=4, dtype=dtype, lengths=(3, 0, 4) if packed else None, state=state
+    ).to(device_of(backend))
     for dstate in (None, x.dstate):
         args = x.do, dstate, x.q, x.k, x.v, x.decay, x.scale, x.initial_state, x.cu_seqlens
         opcheck(OPS.attention_backward.default, *args, backend)
 
 
-@kinds
+@pytest.mark.decode
+@dtypes
 @pytest.mark.parametrize("slots", [None, torch.int32, torch.int64], ids=["rows", "int32", "int64"])
 def test_opcheck_attention_decode(backend: str, dtype: torch.dtype, slots: torch.dtype | None) -> None:
     """Row 4: the one operator that mutates; every dtype of the state; one slot is padding."""
-    x = make_inputs(B=3, T=2, H=2, K=5, V=4, dtype=dtype)
-    rows = None if slots is None else torch.tensor([4, -1, 1], dtype=slots)
+    x = make_inputs(B=3, T=2, H=2, K=5, V=4, dtype=dtype).to(device_of(backend))
+    rows = None if slots is None else torch.tensor([4, -1, 1], dtype=slots, device=x.q.device)
     states = torch.randn(3 if slots is None else 6, 2, 5, 4, generator=torch.Generator().manual_seed(1))
+    states = states.to(x.q.device)
     for state_dtype in dict.fromkeys((accumulation_dtype(dtype), *_narrow_states(dtype))):
         args = x.q, x.k, x.v, x.decay, states.to(state_dtype), rows, x.scale, backend
         opcheck(OPS.attention_decode.default, *args)
@@ -90,14 +95,18 @@ def _narrow_states(dtype: torch.dtype) -> list[torch.dtype]:
     return [] if dtype == torch.float64 else [torch.bfloat16]
 
 
-@kinds
+@dtypes
 @pytest.mark.parametrize("shape", [(6,), (2, 3, 6), (0, 6)], ids=str)
 def test_opcheck_gated_rms_norm(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Row 4: forward and backward, the weight in x's dtype and in float32."""
     random = torch.Generator().manual_seed(0)
-    x, gate, dy = (torch.randn(shape, generator=random, dtype=torch.float64).to(dtype) for _ in range(3))
+    device = device_of(backend)
+    x, gate, dy, row = (
+        torch.randn(size, generator=random, dtype=torch.float64).to(device, dtype)
+        for size in (shape, shape, shape, 6)
+    )
     for weight_dtype in dict.fromkeys((dtype, torch.float32)):
-        weight = torch.randn(6, generator=random, dtype=torch.float64).to(weight_dtype)
+        weight = row.to(weight_dtype)
         opcheck(OPS.gated_rms_norm_forward.default, x, gate, weight, 1e-6, backend)
         _, rstd = OPS.gated_rms_norm_forward(x, gate, weight, 1e-6, backend)
         opcheck(OPS.gated_rms_norm_backward.default, dy, x, gate, weight, rstd, backend)
@@ -107,7 +116,7 @@ def test_opcheck_gated_rms_norm(backend: str, dtype: torch.dtype, shape: tuple[i
 def test_opcheck_strided(backend: str, layout: str) -> None:
     """Rows 4, 10: what a fake says of an output's strides holds for strided inputs, and no output is a view
     of them."""
-    x = make_inputs(B=2, T=6, H=3, K=5, V=5)
+    x = make_inputs(B=2, T=6, H=3, K=5, V=5).to(device_of(backend))
     q, k, v, do, initial, dstate = (
         LAYOUTS[layout](t) for t in (x.q, x.k, x.v, x.do, x.initial_state, x.dstate)
     )
@@ -115,17 +124,16 @@ def test_opcheck_strided(backend: str, layout: str) -> None:
     args = do, dstate, q, k, v, x.decay, x.scale, initial, None, backend
     opcheck(OPS.attention_backward.default, *args)
     opcheck(OPS.attention_decode.default, q, k, v, x.decay, x.initial_state.clone(), None, x.scale, backend)
-    weight = torch.ones(5)
+    weight = torch.ones(5, device=x.q.device)
     opcheck(OPS.gated_rms_norm_forward.default, q, k, weight, 1e-6, backend)
     _, rstd = OPS.gated_rms_norm_forward(q, k, weight, 1e-6, backend)
     opcheck(OPS.gated_rms_norm_backward.default, do, q, k, weight, rstd, backend)
 
 
-@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("B, T, lengths", [(2, 0, None), (0, 3, None), (1, 0, ()), (1, 0, (0, 0))], ids=str)
 def test_opcheck_empty(backend: str, B: int, T: int, lengths: tuple[int, ...] | None) -> None:
     """Rows 4, 11: no tokens, no sequences, no documents, nothing but empty documents."""
-    x = make_inputs(B=B, T=T, H=2, K=3, V=4, lengths=lengths)
+    x = make_inputs(B=B, T=T, H=2, K=3, V=4, lengths=lengths).to(device_of(backend))
     args = x.q, x.k, x.v, x.decay, x.scale, x.initial_state, x.cu_seqlens
     opcheck(OPS.attention_forward.default, *args, True, backend)
     opcheck(OPS.attention_backward.default, x.do, x.dstate, *args, backend)

@@ -19,6 +19,7 @@ from support import (
     check_norm,
     device_of,
     dtype_id,
+    dtypes_of,
     make_inputs,
     make_norm_inputs,
     poisoned_memory,
@@ -40,7 +41,9 @@ from lightning_attn.backends import triton
 from lightning_attn.backends.triton import attention, config, launch
 from lightning_attn.backends.triton.scan import scan_kernel
 
-DTYPES = [torch.float32, torch.float16]
+pytestmark = pytest.mark.gpu
+
+DTYPES = dtypes_of("triton")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="a device runs the tiles of its own architecture only"
@@ -282,6 +285,7 @@ def test_packed_tokens_beyond_2_to_the_31_elements(cut):
         dq, dk, dv, dinitial = triton.attention_backward(do, x.dstate, *shared)
         actual = {name: y[:, -4:].cpu() for name, y in {"o": o, "dq": dq, "dk": dk, "dv": dv}.items()}
         actual |= {"state": state.cpu(), "dinitial_state": dinitial.cpu()}
+        del o, dq, dk, dv  # 4 GiB each
         if length == tokens:
             for name, y in actual.items():
                 assert_same_bits(y, expected[name], name)

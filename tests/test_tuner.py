@@ -26,6 +26,8 @@ from lightning_attn.backends.triton import autotune, config, tile_file
 from lightning_attn.backends.triton.autotune import Kernel, Tuner
 from lightning_attn.backends.triton.config import Tiles
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.fixture(autouse=True)
 def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
