@@ -80,9 +80,8 @@ class build_kernels(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
-        shutil.copytree(
-            Path(self.build_lib, "lightning_attn", "_cuda"), "lightning_attn/_cuda", dirs_exist_ok=True
-        )
+        shutil.rmtree("lightning_attn/_cuda", ignore_errors=True)  # may be of a build that had nvcc
+        shutil.copytree(Path(self.build_lib, "lightning_attn", "_cuda"), "lightning_attn/_cuda")
 
     def build_cuda(self, folder: Path) -> None:
         """step.cu beside the extension, and step.fatbin for as many architectures as nvcc knows."""
@@ -91,28 +90,20 @@ class build_kernels(build_ext):
         fatbin = folder / "step.fatbin"
         fatbin.unlink(missing_ok=True)
         homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-        nvcc = shutil.which("nvcc", path=os.pathsep.join(f"{home}/bin" for home in homes)) or shutil.which(
-            "nvcc"
-        )
+        places = os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ.get("PATH", os.defpath)])
+        nvcc = shutil.which("nvcc", path=places)
         archs = CUDA_ARCHS if nvcc else []
         while archs:
             codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-            command = [
-                nvcc,
-                "-fatbin",
-                *NVCC_FLAGS,
-                "--threads=0",
-                *codes,
-                "csrc/cuda/step.cu",
-                "-o",
-                str(fatbin),
-            ]
+            command = [nvcc, "-fatbin", *NVCC_FLAGS, "--threads=0", *codes, "csrc/cuda/step.cu", "-o", fatbin]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 break
-            archs = archs[:-1]  # nvcc may be older than the last
-            if not archs:
-                print(f"lightning_attn: nvcc failed; NVRTC will compile\n{done.stderr}", file=sys.stderr)
+            *archs, left_out = archs  # nvcc may be older than the last
+            print(
+                f"lightning_attn: nvcc failed with sm_{left_out}; NVRTC will do\n{done.stderr}",
+                file=sys.stderr,
+            )
 
 
 extension = Pybind11Extension(
@@ -120,6 +111,6 @@ extension = Pybind11Extension(
     BASELINE,
     cxx_std=17,
     extra_compile_args=FLAGS,
-    depends=[str(p) for p in Path("csrc").rglob("*.h")],
+    depends=[str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".cu")],
 )
 setup(ext_modules=[extension], cmdclass={"build_ext": build_kernels})

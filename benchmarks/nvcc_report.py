@@ -5,6 +5,7 @@ python -m benchmarks.nvcc_report [--json FILE]    # exits with 1 if a kernel spi
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -111,17 +112,23 @@ def main(json_path: Path | None) -> None:
         table.add_row(row.kernel, row.arch, *map(str, values), style="bold red" if row.fault else None)
     report.console().print(table)
     if json_path:
-        release = re.search(r"release [\d.]+, V[\d.]+", _output("nvcc", "--version"))
-        version = release[0] if release else None
-        report.write_json(json_path, {"nvcc": version, "rows": [asdict(row) for row in rows]})
+        head = {"nvcc": nvcc_version(), "source_sha256": digest()}
+        report.write_json(json_path, head | {"rows": [asdict(row) for row in rows]})
     faults = [row.fault for row in rows if row.fault]
     for fault in faults:
         click.echo(fault, err=True)
     sys.exit(bool(faults))
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def nvcc_version() -> str | None:
+    text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release [\d.]+, V[\d.]+", text)
+    return release[0] if release else None
+
+
+def digest() -> str:
+    """Of the source that the figures are of."""
+    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

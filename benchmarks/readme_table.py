@@ -96,6 +96,8 @@ def _ratio(ours: Row, theirs: Row | None) -> str:
 
 def gpu_section(result: Path) -> str:
     """What `benchmarks.gpu` makes of a run on a GPU, with those of its plots that lie beside the result."""
+    if not result.exists() and result != GPU_RESULT:
+        raise SystemExit(f"{result} is not there")
     document = json.loads(result.read_text()) if result.exists() else None
     plots = [result.parent / name for name in gpu.PLOTS]
     try:

@@ -4,11 +4,12 @@ kernels are in the tests of every backend.
 
 import ctypes
 import importlib.util
+import json
 import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are not installed
 from benchmarks import nvcc_report
 
 SOURCE = ROOT / "csrc" / "cuda" / "step.cu"
+COMMITTED = json.loads((ROOT / "benchmarks" / "results" / "nvcc.json").read_text())
 TYPES = ("float32", "bfloat16", "float16")
 VARIANTS = [
     (dtype, state, rows, access)
@@ -42,13 +44,21 @@ emulated = pytest.mark.skipif(not cuda.EMULATED, reason="the device has its own 
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
+@pytest.mark.parametrize("arch", nvcc_report.ARCHS)
 def test_nvcc_spills_nothing_and_moves_16_bytes_at_a_time(arch: str) -> None:
     """Every kernel, for each target of the build."""
     rows = list(nvcc_report.compile_rows(arch))
     assert {row.kernel for row in rows} == {"_".join(("step", *variant)) for variant in VARIANTS}
     assert not [row.fault for row in rows if row.fault]
     assert all(0 < row.registers <= 128 for row in rows)
+    if COMMITTED["nvcc"] == nvcc_report.nvcc_version():
+        assert [asdict(row) for row in rows] == [row for row in COMMITTED["rows"] if row["arch"] == arch]
+
+
+def test_the_committed_figures_are_those_of_the_source() -> None:
+    """Else `python -m benchmarks.nvcc_report --json benchmarks/results/nvcc.json` writes them anew."""
+    assert COMMITTED["source_sha256"] == nvcc_report.digest()
+    assert {row["arch"] for row in COMMITTED["rows"]} == set(nvcc_report.ARCHS)
 
 
 def test_a_spill_and_a_narrow_access_are_faults() -> None:
@@ -106,8 +116,10 @@ def test_the_build_brings_the_source_and_compiles_as_nvrtc_does() -> None:
     assert cuda.source() == SOURCE.read_text()
     flags = re.search(r"NVCC_FLAGS = \[(.*)\]", (ROOT / "setup.py").read_text())
     assert flags and re.findall(r'"(.*?)"', flags[1]) == ["-O3", *cuda.OPTIONS]
+    archs = re.search(r"CUDA_ARCHS = \[(.*)\]", (ROOT / "setup.py").read_text())
+    assert archs and [f"sm_{arch}" for arch in re.findall(r'"(.*?)"', archs[1])] == [*nvcc_report.ARCHS]
     if shutil.which("nvcc"):
-        assert (cuda.CODE / "step.fatbin").stat().st_size > 10_000
+        assert cuda.FATBIN.stat().st_size > 10_000
 
 
 def test_constants_are_those_of_the_source() -> None:
@@ -262,7 +274,8 @@ def with_fatbin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A build that had nvcc."""
     (tmp_path / "step.fatbin").touch()
     shutil.copy(SOURCE, tmp_path)
-    monkeypatch.setattr(cuda, "CODE", tmp_path)
+    monkeypatch.setattr(cuda, "SOURCE", tmp_path / "step.cu")
+    monkeypatch.setattr(cuda, "FATBIN", tmp_path / "step.fatbin")
     return tmp_path
 
 
@@ -376,6 +389,51 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "NVIDIA GPU" in (cuda.unavailable() or "")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert "CuPy" in (cuda.unavailable() or "")
-    monkeypatch.setitem(sys.modules, "cupy", ModuleType("cupy"))
-    assert cuda.unavailable() is None
+    assert "CuPy is not installed" in (cuda.unavailable() or "")
+
+
+def a_cupy(*, version: str = "14.2.0", driver: bool = True, nvrtc: bool = True) -> SimpleNamespace:
+    """As much of CuPy as is looked at; something of it may not be there."""
+
+    def fails() -> None:
+        raise RuntimeError("cudaErrorInsufficientDriver")
+
+    stream = SimpleNamespace(from_external=None) if version >= "14" else SimpleNamespace()
+    works = SimpleNamespace(getDeviceCount=lambda: 1, getVersion=lambda: (13, 0))
+    broken = SimpleNamespace(getDeviceCount=fails, getVersion=fails)
+    cuda = SimpleNamespace(
+        Stream=stream, runtime=works if driver else broken, nvrtc=works if nvrtc else broken
+    )
+    return SimpleNamespace(__version__=version, cuda=cuda)
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (a_cupy(), None),
+        (a_cupy(version="13.6.0"), "it needs CuPy 14 or later, not 13.6.0"),
+        (a_cupy(driver=False), "CuPy does not work: cudaErrorInsufficientDriver"),
+        (a_cupy(nvrtc=False), "CuPy does not work: cudaErrorInsufficientDriver"),
+    ],
+)
+def test_a_cupy_that_cannot_do_it_is_a_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, found: SimpleNamespace, says: str | None
+) -> None:
+    """So that "auto" goes on to the next backend."""
+    monkeypatch.setattr(cuda, "EMULATED", False)
+    monkeypatch.setattr(cuda, "FATBIN", tmp_path / "step.fatbin")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setitem(sys.modules, "cupy", found)
+    assert cuda.unavailable() == says
+
+
+def test_a_cupy_that_fails_on_import_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It makes its cache directory then, which may not be allowed."""
+    (tmp_path / "cupy.py").write_text("raise PermissionError('/home/.cupy')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr(cuda, "EMULATED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert cuda.unavailable() == "CuPy does not work: /home/.cupy"

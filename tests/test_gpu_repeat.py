@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_support import DEVICE, allocated, differ, draw, kernels, memory_load, size
+from gpu_support import DEVICE, GPU, allocated, differ, draw, kernels, memory_load, size
 from support import BACKENDS, make_inputs, offsets
 from torch import Tensor
 
@@ -170,5 +170,6 @@ def test_ten_thousand_calls_leave_nothing_behind(backend: str) -> None:
     assert allocated() == before
     assert resident() - grown < 64 << 20
     assert variants() == known and known < 200
+    assert known or not GPU or backend != "triton", "Triton keeps its kernels elsewhere now"
     resolved = ops._resolve.cache_info()
     assert resolved.maxsize is not None and resolved.currsize <= resolved.maxsize

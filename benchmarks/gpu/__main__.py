@@ -4,7 +4,8 @@
     python -m benchmarks.gpu --out DIR --only decode tests
     python -m benchmarks.gpu --out DIR --dry                # without a GPU: every part, on tiny shapes
 
-Nothing need be installed but PyTorch, Triton and what the tests import. DIR/gpu.json is rewritten after every step, so a run
+The library need not be installed; PyTorch, Triton, CuPy, what the build takes (a C++ compiler, setuptools, pybind11) and what
+the command line and the tests import must be. DIR/gpu.json is rewritten after every step, so a run
 that is killed leaves what it has measured; DIR/logs holds what every command printed. Exits with 1 if a step has failed or
 was cut short.
 """
@@ -12,9 +13,11 @@ was cut short.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from . import process, wheels
@@ -28,10 +31,10 @@ LIMIT = 520.0  # seconds
 
 
 def main() -> int:
+    start = time.monotonic()
     options = _options()
     process.end_with_groups()
     out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     temp = _temporary()
     paths = [str(ROOT)]
     found: dict[str, str] = {}
@@ -45,12 +48,11 @@ def main() -> int:
         out / "gpu.json",
         options.dry,
         options.limit,
-        sys.argv[1:],
-        {name: value for name, value in os.environ.items() if name.startswith(("LIGHTNING_ATTN_", "CUDA_"))},
+        [word for word in sys.argv[1:] if os.sep not in word],
         found,
     )
     context = Context(ROOT, out, temp, options.dry, _environment(temp, paths, options.dry), {})
-    run_steps(STEPS, context, record, only=options.only, say=_say)
+    run_steps(STEPS, context, record, only=options.only, start=start, say=_say)
     for line in summary(record.document()):
         _say(line)
     return int(not all(outcome.passes for outcome in record.steps.values()))
@@ -63,14 +65,25 @@ def _options() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="directory for gpu.json and the logs")
-    parser.add_argument("--dry", action="store_true", help="without a GPU, on tiny shapes; measures nothing")
+    parser.add_argument(
+        "--dry", action="store_true", help="without a GPU, on tiny shapes: tries every part but the build"
+    )
     names = [step.name for step in STEPS]
     parser.add_argument("--only", nargs="+", choices=names, default=[], metavar="STEP", help=", ".join(names))
     parser.add_argument(
         "--limit", type=float, default=LIMIT, help="seconds for everything (default: %(default)g)"
     )
     parser.add_argument("--wheels", type=Path, help="directory with peers as pure wheels, to be measured too")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not 0 < options.limit < math.inf:
+        parser.error("--limit has to be a number of seconds")
+    if options.wheels and not options.wheels.is_dir():
+        parser.error(f"--wheels: {options.wheels} is not a directory")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
+    return options
 
 
 def _temporary() -> Path:
@@ -87,10 +100,13 @@ def _environment(temp: Path, paths: list[str], dry: bool) -> dict[str, str]:
     env |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     for name in ("TRITON_CACHE", "LIGHTNING_ATTN_CACHE", "TORCHINDUCTOR_CACHE", "CUPY_CACHE"):
         env[f"{name}_DIR"] = str(temp / name.lower())
+    env["TRITON_CACHE_AUTOTUNING"] = "1"  # what a peer has tried once, in whatever process
     env["HYPOTHESIS_STORAGE_DIRECTORY"] = str(temp / "hypothesis")
     env["MPLCONFIGDIR"] = str(temp / "matplotlib")
-    for name in ("TRITON_INTERPRET", "LIGHTNING_ATTN_EMULATE_CUDA"):
-        env.pop(name, None)
+    # What they say is for other calls than these.
+    for name in ("BACKEND", "CHECK", "AUTOTUNE", "EMULATE_CUDA"):
+        env.pop(f"LIGHTNING_ATTN_{name}", None)
+    env.pop("TRITON_INTERPRET", None)
     if dry:
         env |= {"TRITON_INTERPRET": "1", "LIGHTNING_ATTN_EMULATE_CUDA": "1", "CUDA_VISIBLE_DEVICES": ""}
     return env

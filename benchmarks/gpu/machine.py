@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import lightning_attn
 from lightning_attn.cli import machine
+from lightning_attn.cli.peers import missing_peers
 
-from . import dry
+from . import dry, part
 from .record import replace_json
 
 
@@ -22,21 +21,18 @@ def facts(device: torch.device) -> dict[str, Any]:
         "versions": machine.versions(),
         "device": machine.device(device),
         "backends": lightning_attn.available_backends(),
+        "missing_peers": missing_peers(device),
         "commit": machine.commit(),
         "limits": machine.measure_limits(dtype, device).as_json(),
     }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.machine", description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--limit", type=float)
-    parser.add_argument("--dry", action="store_true")
-    options = parser.parse_args()
+    options = part.parser("machine", __doc__).parse_args()
     if options.dry:
         dry.shrink()
     elif not torch.cuda.is_available():
-        print("PyTorch sees no GPU here; without one there is --dry")
+        print("PyTorch finds no GPU; use --dry to try the command without one")
         return 1
     found = facts(torch.device("cpu" if options.dry else "cuda"))
     replace_json(options.json, found)

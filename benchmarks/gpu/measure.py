@@ -6,7 +6,6 @@ behind it, and first tries it once more without the peers.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import signal
 import sys
@@ -20,26 +19,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lightning_attn import available_backends
-from lightning_attn.backends import supports
 from lightning_attn.cli import machine, report
 from lightning_attn.cli.case import dtype_name
-from lightning_attn.cli.peers import missing_peers
 
-from . import dry
+from . import dry, part
 from .cases import STEPS, Measured, of_step
-from .record import read_json, replace_json
+from .record import FAILED, OK, better_limits, read_json, replace_json
 from .steps import GPU_BACKENDS
 from .targets import OURS
 
 bench = importlib.import_module("lightning_attn.cli.bench")  # the command of that name hides it
 
-SECONDS_PER_CALL = {
-    False: 0.15,
-    True: 0.002,
-}  # for timing one provider at one pass, by whether it is a dry run
+SECONDS_PER_CALL, DRY_SECONDS_PER_CALL = 0.15, 0.002  # for timing one provider at one pass
 ENOUGH = 4.0  # seconds: with less no case is begun
-CRASHED, FAILED, OK, CUT = "crashed", "failed", "ok", "cut"
+CRASHED, CUT = "crashed", "cut"
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,6 @@ class Results:
         self.runs: dict[str, dict[str, Any]] = data.get("runs", {})
         self.limits: dict[str, Any] = data.get("limits", {})
         self.versions: dict[str, Any] = data.get("versions", {})
-        self.missing_peers: list[str] = data.get("missing_peers", [])
         if running := data.get("running"):
             self.runs[running] = {
                 "outcome": CRASHED,
@@ -89,7 +81,6 @@ class Results:
             "rows": self.rows,
             "runs": self.runs,
             "cut": [label for label, run in self.runs.items() if run["outcome"] == CUT],
-            "missing_peers": self.missing_peers,
             "unfinished": unfinished,
             "running": running,
         }
@@ -105,9 +96,9 @@ class Results:
         wrong = [row["pass"] for row in ours if not row["ok"]]
         again = compare and (raised is not None or not usable)
         self.rows += [row for row in rows if row["provider"] != OURS and row["ok"]] if again else rows
-        self.limits = _better(self.limits, document["limits"])
+        self.limits = better_limits(self.limits, document["limits"])
         self.versions = document["versions"]
-        why = raised or (f"ours is not right at: {', '.join(wrong)}" if wrong else None)
+        why = raised or (f"our result failed its check at: {', '.join(wrong)}" if wrong else None)
         self.runs[run.label] = {
             "outcome": CRASHED if again else FAILED if wrong else OK,
             "why": why or (None if usable else "it left the GPU unusable"),
@@ -132,28 +123,17 @@ def _others(measured: Measured, first: str, device: torch.device) -> list[str]:
     return [
         backend
         for backend in GPU_BACKENDS
-        if available_backends()[backend] == "ok"
-        and not any(supports(backend, spec) for spec in measured.case.specs(device))
+        if report.takes(backend, measured.case, device)
         and backend != report.runs_on(measured.case, first, device)
     ]
-
-
-def _better(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Of two measurements of the limits: noise only makes them smaller."""
-    rates = dict(old.get("gemm_flops_per_s", {}))
-    for dtype, rate in new["gemm_flops_per_s"].items():
-        rates[dtype] = max(rate, rates.get(dtype, 0.0))
-    copy = max(new["copy_bytes_per_s"], old.get("copy_bytes_per_s", 0.0))
-    return {"gemm_flops_per_s": rates, "copy_bytes_per_s": copy}
 
 
 def measure_all(step: str, results: Results, deadline: float, dry_run: bool) -> bool:
     """Whether the process can go on to the end; False: it has to be run again."""
     device = torch.device("cpu" if dry_run else "cuda")
     console = report.console()
-    most = max(
-        20.0, (deadline - time.monotonic()) / 2
-    )  # seconds of one case: one that hangs ends the process
+    # Seconds of one case: one that hangs ends the process.
+    most = max(20.0, (deadline - time.monotonic()) / 2)
     for run in runs(step, dry_run):
         while results.wants(run):
             if deadline - time.monotonic() < ENOUGH:
@@ -202,21 +182,16 @@ def _usable(device: torch.device) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.measure", description=__doc__)
+    parser = part.parser("measure", __doc__)
     parser.add_argument("step", choices=STEPS)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds")
-    parser.add_argument("--dry", action="store_true")
     options = parser.parse_args()
     if options.dry:
         dry.shrink()
-    bench.SECONDS_PER_CALL = SECONDS_PER_CALL[options.dry]
+    bench.SECONDS_PER_CALL = DRY_SECONDS_PER_CALL if options.dry else SECONDS_PER_CALL
     machine.measure_limits = cache(machine.measure_limits)  # once, not for every case
     results = Results(options.json)
     if not measure_all(options.step, results, time.monotonic() + options.limit, options.dry):
         return 1  # the JSON says that it is unfinished
-    if options.step == "layer":  # which has imported them all
-        results.missing_peers = missing_peers(torch.device("cpu" if options.dry else "cuda"))
     results.write(unfinished=False)
     bad = [label for label, run in results.runs.items() if run["outcome"] in (FAILED, CRASHED)]
     for label in bad:

@@ -15,21 +15,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lightning_attn.cli.plot import ANOTHER, COLOURS
+
 from .readme import PLOTS
 from .targets import OURS, Row, fraction_of_floor, rows_of
 
-COLOURS = {
-    OURS: "#d9480f",
-    "fla": "#4c6ef5",
-    "fla-lightning": "#15aabf",
-    "eager-256": "#868e96",
-    "sdpa": "#40c057",
-    "transformers": "#ae3ec9",
-}
-PASSES = {
-    "forward": "forward",
-    "backward": "backward",
-}  # of the attention, each with the step that measures it
+# Of the attention, each with the step that measures it.
+PASSES = {"forward": "forward", "backward": "backward"}
 NAMES = tuple(PLOTS)
 FLOOR_LABEL = "floor: the bytes at the copy bandwidth of the same run"
 
@@ -121,7 +113,7 @@ def _draw(axes: Axes, series: dict[str, list[tuple[int, float]]]) -> None:
             marker="o",
             markersize=4,
             linestyle="-" if backend in ("", "cuda") else ":",
-            color=COLOURS.get(provider, "#495057"),
+            color=COLOURS.get(provider, ANOTHER),
             linewidth=2 if provider == OURS else 1.2,
             label=name,
         )

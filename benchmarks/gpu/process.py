@@ -85,16 +85,30 @@ def tail(log: Path, begin: int = 0) -> str:
 
 
 def end_with_groups() -> None:
-    """From now on a signal that ends this process ends its groups first."""
+    """From now on a signal that ends this process ends its groups first, and gives them time to end theirs."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _end)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
     for group in list(_live):
+        _signal(group, signal.SIGTERM)
+    # Their leaders' ends are seen by the threads that wait for them, or, in this one, here.
+    deadline = time.monotonic() + GRACE
+    while any(map(_runs, _live)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for group in list(_live):
         _signal(group, signal.SIGKILL)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+
+
+def _runs(process: int) -> bool:
+    """Whether a child has not ended yet."""
+    try:
+        return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
 
 
 def _signal(group: int, number: signal.Signals) -> None:

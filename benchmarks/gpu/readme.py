@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from .show import measured
+from .steps import MEASURED
 from .targets import OURS, Row, fraction_of_floor, is_main, rows_of, same_case
 
-STEPS = ("forward", "backward", "decode", "norm", "layer")
 PLOTS = {  # what `plots` draws, with what each shows
     "gpu-speed.png": "Tokens a second against T",
     "gpu-floor.png": "Fraction of the floor against T",
@@ -35,13 +35,15 @@ def _machine(document: dict[str, Any]) -> str:
     copy = document["copy_bytes_per_s"]
     return (
         f"{device.get('name')}, driver {device.get('driver')}; PyTorch {versions.get('torch')}, Triton "
-        f"{versions.get('triton')}; {document['date'][:10]}. Measured in the same run: copy "
+        f"{versions.get('triton')}, CuPy {versions.get('cupy')}; flash-linear-attention {versions.get('fla')}, "
+        f"transformers {versions.get('transformers')}; commit {(document.get('commit') or '-')[:12]}, "
+        f"{document['date'][:10]}. Measured in the same run: copy "
         f"{f'{copy / 1e9:.0f} GB/s' if copy else '-'}, matrix product {rates or '-'} TFLOP/s.\n"
     )
 
 
 def _table(document: dict[str, Any]) -> Iterator[str]:
-    shown = [row for step in STEPS for row in rows_of(document, step) if row.get("listed", True)]
+    shown = [row for step in MEASURED for row in rows_of(document, step) if row.get("listed", True)]
     peers = list(dict.fromkeys(row["provider"] for row in shown if row["provider"] != OURS))
     head = ["op", "pass", "shape", "backend", "time", "of the floor", *(f"against {peer}" for peer in peers)]
     yield f"| {' | '.join(head)} |"
@@ -58,7 +60,7 @@ def _table(document: dict[str, Any]) -> Iterator[str]:
 
 
 def _targets(document: dict[str, Any]) -> Iterator[str]:
-    yield "| target | asked | measured | |"
+    yield "| target | required | measured | verdict |"
     yield "|---|--:|--:|---|"
     for row in document["targets"]:
         against = f" ({row['against']})" if row["against"] else ""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from .targets import judged
 
 OK, FAILED, TIMED_OUT, LEFT_OUT = "ok", "failed", "timed out", "left out"
 WORST_FIRST = (FAILED, TIMED_OUT, OK, LEFT_OUT)  # left out beside ok: the rest has run
@@ -59,24 +62,22 @@ class Record:
     dry: bool
     limit_s: float
     command: list[str]
-    environment: dict[str, str]
     wheels: dict[str, str] = field(default_factory=dict)  # peers beside the checkout, and why one is left out
     steps: dict[str, Outcome] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
+    complete: bool = False
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     def document(self) -> dict[str, Any]:
-        from .targets import judged  # which reads such a document
-
         facts = self.results.get("machine") or {}
         document = {
             "dry": self.dry,
             **{name: facts.get(name) for name in ("versions", "device", "backends", "commit")},
             "date": self.date,
             "command": self.command,
-            "environment": self.environment,
             "wheels": self.wheels,
             "limit_s": self.limit_s,
+            "complete": self.complete,
             **self._limits(),
             "steps": {name: asdict(outcome) for name, outcome in self.steps.items()},
             "results": self.results,
@@ -86,15 +87,23 @@ class Record:
     def _limits(self) -> dict[str, Any]:
         """The best copy bandwidth and matrix rates of all measurements of the run: noise only makes them smaller."""
         found = [r["limits"] for r in self.results.values() if isinstance(r, dict) and r.get("limits")]
-        copies = [limits["copy_bytes_per_s"] for limits in found if limits.get("copy_bytes_per_s")]
-        rates: dict[str, float] = {}
-        for limits in found:
-            for dtype, rate in limits.get("gemm_flops_per_s", {}).items():
-                rates[dtype] = max(rate, rates.get(dtype, 0.0))
-        return {"copy_bytes_per_s": max(copies, default=None), "matrix_flops_per_s": rates}
+        best = functools.reduce(better_limits, found, {})
+        return {
+            "copy_bytes_per_s": best.get("copy_bytes_per_s"),
+            "matrix_flops_per_s": best.get("gemm_flops_per_s", {}),
+        }
 
     def write(self) -> None:
         replace_json(self.path, self.document())
+
+
+def better_limits(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Of two measurements of what the machine reaches, as `bench` has them in its JSON."""
+    rates = dict(old.get("gemm_flops_per_s", {}))
+    for dtype, rate in new["gemm_flops_per_s"].items():
+        rates[dtype] = max(rate, rates.get(dtype, 0.0))
+    copy = max(new["copy_bytes_per_s"], old.get("copy_bytes_per_s", 0.0))
+    return {"gemm_flops_per_s": rates, "copy_bytes_per_s": copy}
 
 
 def replace_json(path: Path, data: Any) -> None:

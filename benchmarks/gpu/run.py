@@ -29,11 +29,13 @@ def run_steps(
     record: Record,
     *,
     only: Sequence[str] = (),
+    start: float | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Fills `record`, and writes it after every step."""
-    deadline = time.monotonic() + record.limit_s
+    """Fills `record`, and writes it after every step; its limit counts from `start` on, of the monotonic clock."""
+    deadline = (time.monotonic() if start is None else start) + record.limit_s
     asked = [step for step in steps if not only or step.name in only or step.always]
+    record.write()  # one of an earlier run is not taken for this one's
     for step in steps:
         if step not in asked:
             record.steps[step.name] = Outcome(LEFT_OUT, "not asked for")
@@ -54,6 +56,7 @@ def run_steps(
         outcome = record.steps[step.name]
         say(f"{step.name}: {outcome.outcome}, {outcome.seconds:.1f} s. {outcome.why or ''}".rstrip())
         record.write()
+    record.complete = True
     record.write()
 
 
@@ -81,13 +84,16 @@ def _run_part(
     log, path = context.log(name), context.json(name)
     path.unlink(missing_ok=True)
     start, again = time.monotonic(), False
+    before: Any = None
     while True:
         left = seconds - (time.monotonic() - start)
         finished = process.run(
             command(left), log, limit=left, cwd=context.root, env=context.env, append=again
         )
         data = read_json(path)
-        again = isinstance(data, dict) and bool(data.get("unfinished"))
+        # One that ends before it has written anything new would do so for ever.
+        again = isinstance(data, dict) and bool(data.get("unfinished")) and data != before
+        before = data
         if not again or finished.exit_code is None or seconds - (time.monotonic() - start) < ENOUGH:
             break
     spent = time.monotonic() - start
@@ -99,7 +105,7 @@ def _run_part(
         round(spent, 2),
         round(seconds, 1),
         finished.exit_code,
-        finished.tail,
+        "" if verdict == OK else finished.tail,
         str(log.relative_to(context.out)),
         cut,
     )

@@ -7,16 +7,17 @@ from typing import Any
 
 from .targets import FLOOR, MICROSECONDS
 
-WIDTH = 110
+WIDTH, TABLE_WIDTH = 110, 150
 
 
 def summary(document: dict[str, Any]) -> Iterator[str]:
     """The lines."""
     yield from _failures(document)
+    yield from document.get("missing_peers") or ()
     yield ""
     yield from _aligned(("step", "outcome", "s", ""), _steps(document))
     yield ""
-    yield from _aligned(("target", "metric", "asked", "measured", ""), _targets(document))
+    yield from _aligned(("target", "metric", "required", "measured", ""), _targets(document))
     if document["dry"]:
         yield "DRY RUN: tiny shapes on a CPU. No figure here says anything of a GPU."
 
@@ -54,4 +55,4 @@ def _aligned(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> Iterator
     widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
     for line in lines:
         cells = (cell.ljust(width) for cell, width in zip(line, (*widths, 0), strict=True))
-        yield "  ".join(cells).rstrip()[: WIDTH + 40]
+        yield "  ".join(cells).rstrip()[:TABLE_WIDTH]

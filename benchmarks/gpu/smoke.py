@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_attn import available_backends
-from lightning_attn.backends import supports
 from lightning_attn.cli.accuracy import Judge
 from lightning_attn.cli.case import Case, dtype_name
 from lightning_attn.cli.cases import Attention, Decode, GatedRMSNorm
-from lightning_attn.cli.report import shape_name
+from lightning_attn.cli.report import shape_name, takes
 
-from . import dry
+from . import dry, part
 from .record import replace_json
 from .steps import GPU_BACKENDS
 
@@ -38,9 +35,7 @@ def rows(device: torch.device, dry_run: bool) -> Iterator[dict[str, Any]]:
     for case in cases(dry_run):
         judge, inputs = None, case.inputs(device)
         for backend in GPU_BACKENDS:
-            if available_backends()[backend] != "ok" or any(
-                supports(backend, spec) for spec in case.specs(device)
-            ):
+            if not takes(backend, case, device):
                 continue
             judge = judge or Judge(case, inputs, case.fullest_pass)
             start = time.perf_counter()
@@ -57,11 +52,7 @@ def rows(device: torch.device, dry_run: bool) -> Iterator[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.smoke", description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--limit", type=float)
-    parser.add_argument("--dry", action="store_true")
-    options = parser.parse_args()
+    options = part.parser("smoke", __doc__).parse_args()
     if options.dry:
         dry.shrink()
     found: list[dict[str, Any]] = []

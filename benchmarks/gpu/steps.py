@@ -1,7 +1,7 @@
 """The steps of a run, in order, each with its commands and its share of the time.
 
 The order is that of what is lost without it. The build and the smoke test come first, for nothing after them is worth
-much if they fail; then the figures that the targets ask for, which only this machine can give, and which check what they
+much if they fail; then, with the peers warmed up, the figures that the targets ask for, which only this machine can give, and which check what they
 time; then the tests; last what says least: the sanitizer, slow, and the norm and the layer, which have no target.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .record import LEFT_OUT, OK, Outcome
+from .record import FAILED, LEFT_OUT, OK, Outcome
 
 GPU_BACKENDS = ("triton", "cuda")
 MEASURED = ("forward", "backward", "decode", "norm", "layer")
@@ -57,8 +57,7 @@ Parts = dict[str, Command | Outcome]  # what is to run, or why it need not
 class Step:
     """`most` and `least` are seconds: that it may take, and that the steps before it leave to it, as far as there is
     time at all. `excuse` finds in the output of a command that failed the reason why that says nothing of the library. A
-    command whose JSON says that it is `unfinished` is run
-    again, to go on behind what ended it.
+    command whose JSON says that it is `unfinished` is run again, to go on behind what ended it.
     """
 
     name: str
@@ -117,11 +116,18 @@ def _machine(context: Context) -> Parts:
 
 
 def _smoke(context: Context) -> Parts:
-    return {"smoke": context.module("smoke", "smoke")}
+    return {"smoke": _without_gpu(context) or context.module("smoke", "smoke")}
+
+
+def _warm(context: Context) -> Parts:
+    return {"warm": _without_gpu(context) or context.module("warm", "warm")}
 
 
 def _tests(context: Context) -> Parts:
-    return {"tests": context.module("suite", "tests", "--logs", str(context.out / "logs" / "tests"))}
+    return {
+        "tests": _without_gpu(context)
+        or context.module("suite", "tests", "--logs", str(context.out / "logs" / "tests"))
+    }
 
 
 def _check(context: Context) -> Parts:
@@ -140,18 +146,22 @@ def _check(context: Context) -> Parts:
 
 def _sanitizer(context: Context) -> Parts:
     """First the program alone, which compiles its kernels."""
+    program = [
+        sys.executable,
+        str(context.root / "tests" / "sanitize.py"),
+        *(["--dry"] if context.dry else []),
+    ]
+    alone: Parts = {"alone": lambda limit: program}
     if context.dry:
-        return {"sanitizer": Outcome(LEFT_OUT, "a dry run has no GPU")}
-    program = [sys.executable, str(context.root / "tests" / "sanitize.py")]
+        return alone | {SANITIZER: Outcome(LEFT_OUT, "a dry run has no GPU")}
     places = os.pathsep.join((context.env.get("PATH", os.defpath), "/usr/local/cuda/bin"))
     tool = shutil.which(SANITIZER, path=places)
     if tool is None:
-        return {"sanitizer": Outcome(LEFT_OUT, f"{SANITIZER} is not found")}
+        return alone | {SANITIZER: Outcome(LEFT_OUT, f"{SANITIZER} is not found")}
     check = [tool, "--error-exitcode", "9", "--print-limit", "20", "--tool"]
     # Of PyTorch's large blocks memcheck would see only the outer ends.
     apart = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
-    return {
-        "alone": lambda limit: program,
+    return alone | {
         "memcheck": lambda limit: [*apart, *check, "memcheck", *program],
         "racecheck": lambda limit: [*check, "racecheck", *program],
     }
@@ -162,7 +172,11 @@ def _device_refused(text: str) -> str | None:
 
 
 def _measured(name: str) -> Callable[[Context], Parts]:
-    return lambda context: {name: context.module("measure", name, name)}
+    return lambda context: {name: _without_gpu(context) or context.module("measure", name, name)}
+
+
+def _without_gpu(context: Context) -> Outcome | None:
+    return None if context.dry or context.facts else Outcome(FAILED, "the step `machine` found no GPU")
 
 
 # A cold run on a fast machine is to end within nine minutes; the least of all leaves some of that.
@@ -170,6 +184,7 @@ STEPS = (
     Step("build", 150, 60, _build),
     Step("machine", 60, 15, _machine, always=True),  # the head of the file
     Step("smoke", 75, 30, _smoke),
+    Step("warm", 100, 20, _warm),
     Step("forward", 110, 50, _measured("forward")),
     Step("backward", 100, 45, _measured("backward")),
     Step("decode", 70, 30, _measured("decode")),

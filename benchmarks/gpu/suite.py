@@ -146,6 +146,7 @@ class Suite:
 
     @property
     def green(self) -> bool:
+        """Whether nothing failed; what was not reached is in `cut`, which makes the step one that timed out."""
         return all(file["outcome"] in (PASSED, NO_TESTS, TIMED_OUT) for file in self.files.values())
 
 

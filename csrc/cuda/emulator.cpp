@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#ifndef __linux__
+#ifndef __GLIBC__  // others may lack ucontext
 
 namespace lightning {
 bool can_emulate() { return false; }

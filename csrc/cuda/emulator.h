@@ -6,12 +6,12 @@
 
 namespace lightning {
 
-// Whether this build can: it needs the fibers of POSIX.
+// Whether this build can: it needs the contexts of glibc.
 bool can_emulate();
 
 // Runs the kernel called `name` for `blocks` blocks, with `shared` bytes of shared memory, on its parameter struct.
 // Throws std::invalid_argument for a name that is not there or a struct of another size, std::logic_error where threads of a
-// block wait for each other in vain.
+// block wait for each other in vain, or shared memory is written beyond `shared`.
 void emulate(const char* name, int64_t blocks, size_t shared, const void* parameters, size_t bytes);
 
 }  // namespace lightning

@@ -20,17 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_attn import _C
-
 from ..dispatch import Spec
 
 __all__ = ["attention_decode", "supports", "unavailable"]
 
 EMULATED = os.environ.get("LIGHTNING_ATTN_EMULATE_CUDA") == "1"
 MAX_HEAD_DIM = 256
-CODE = (
-    Path(__file__).resolve().parent.parent / "_cuda"
-)  # step.cu, and step.fatbin if there was nvcc; by setup.py
+# Made by setup.py: the source, and machine code if there was nvcc.
+CODE = Path(__file__).resolve().parent.parent / "_cuda"
+SOURCE, FATBIN = CODE / "step.cu", CODE / "step.fatbin"
 OPTIONS = ("-std=c++17", "-ftz=true")  # of setup.py too, so that either compiler gives the same bits
 
 # As in step.cu.
@@ -58,17 +56,25 @@ _DECODE = np.dtype(
 def unavailable() -> str | None:
     """Why no call can run here, or None."""
     if EMULATED:
+        from lightning_attn import _C
+
         return None if _C.can_emulate_cuda() else "this build has no emulator of CUDA"
     if torch.version.hip or not torch.cuda.is_available():
         return (
             "it needs an NVIDIA GPU (with LIGHTNING_ATTN_EMULATE_CUDA=1 an emulator runs it on CPU tensors)"
         )
     try:
-        import cupy  # noqa: F401 - only to know whether it is there
+        import cupy
+
+        cupy.cuda.runtime.getDeviceCount()  # fails where the driver is older than CuPy's CUDA
+        if not FATBIN.exists():
+            cupy.cuda.nvrtc.getVersion()  # fails where there is no NVRTC
     except ModuleNotFoundError:
         return "CuPy is not installed (it comes with the extra `gpu`)"
-    except ImportError as error:
-        return f"CuPy does not load: {error}"
+    except Exception as error:  # noqa: BLE001 - as it makes its cache directory, an import can fail in many ways
+        return f"CuPy does not work: {error}"
+    if not hasattr(cupy.cuda.Stream, "from_external"):
+        return f"it needs CuPy 14 or later, not {cupy.__version__}"
     return None
 
 
@@ -80,7 +86,10 @@ def supports(spec: Spec) -> list[str]:
     if spec.device != ("cpu" if EMULATED else "cuda"):
         emulated = " while it is emulated" if EMULATED else ""
         reasons.append(f"it runs on {'CPU' if EMULATED else 'CUDA'} tensors{emulated}, not on {spec.device}")
-    elif not EMULATED and torch.cuda.get_device_capability() < (8, 0):
+    elif not EMULATED and torch.cuda.get_device_capability() < (
+        8,
+        0,
+    ):  # of the current device: `spec` names none
         reasons.append("it needs compute capability 8.0 or later")
     if spec.dtype not in _DTYPES:
         reasons.append(f"it takes float32, bfloat16 or float16, not {spec.dtype}")
@@ -141,6 +150,8 @@ def _launch(
     variant: tuple[str, ...], blocks: int, shared: int, parameters: np.ndarray, device: torch.device
 ) -> None:
     if EMULATED:
+        from lightning_attn import _C
+
         _C.emulate_cuda("_".join(("step", *variant)), blocks, shared, parameters.tobytes())
         return
     from cupy.cuda import Stream
@@ -165,9 +176,9 @@ def _kernel(variant: tuple[str, ...], device: int) -> Any:
     from cupy_backends.cuda.api.driver import CUDADriverError
 
     name = "_".join(("step", *variant))
-    if (fatbin := CODE / "step.fatbin").exists():
+    if FATBIN.exists():
         try:
-            return cupy.RawModule(path=str(fatbin)).get_function(name).kernel
+            return cupy.RawModule(path=str(FATBIN)).get_function(name).kernel
         except CUDADriverError as error:
             if error.status not in _NO_CODE:
                 raise
@@ -175,7 +186,7 @@ def _kernel(variant: tuple[str, ...], device: int) -> Any:
 
 
 def source() -> str:
-    return (CODE / "step.cu").read_text()
+    return SOURCE.read_text()
 
 
 def definition(variant: tuple[str, ...]) -> str:

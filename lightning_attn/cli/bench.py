@@ -37,7 +37,7 @@ Say = Callable[[str], None]
     "--device",
     "device_name",
     type=click.Choice(["cpu", "cuda"]),
-    help="Where.  [default: cuda if there is a GPU, unless the backend is cpu]",
+    help="The device to run on.  [default: cuda if there is a GPU, unless the backend is cpu]",
 )
 @click.option(
     "--dtype",
@@ -99,7 +99,7 @@ def bench(
             console.print(f"Plot: {path}", highlight=False)
     if not all(row.ok for row in rows if row.provider == OURS):
         raise click.ClickException(
-            "a result of ours is further from float64 than the rule allows, or is none, and was not timed"
+            "one of our results failed its check or raised an error, and was not timed"
         )
 
 

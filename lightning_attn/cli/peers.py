@@ -136,7 +136,9 @@ def _fla_attention(op: Function, stateful: bool, rates: bool = True) -> Function
 
 
 def _fla_decode(op: Function) -> Function:
-    """It gives a new state, which its users copy to where the old one was."""
+    """It gives a new state, which takes the place of the old one without a copy, as in its own cache. In a graph, whose
+    replays read the same memory, and in another dtype there is one.
+    """
 
     def decode(
         q: Tensor,
@@ -151,7 +153,10 @@ def _fla_decode(op: Function) -> Function:
         assert slots is None
         gamma = _negative(decay)
         o, new = op(q, k, v, g_gamma=gamma, scale=scale, initial_state=state, output_final_state=True)
-        state.copy_(new)
+        if new.dtype != state.dtype or (state.is_cuda and torch.cuda.is_current_stream_capturing()):
+            state.copy_(new)
+        else:
+            state.set_(new)
         return o
 
     return decode

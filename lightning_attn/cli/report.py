@@ -89,6 +89,11 @@ def runs_on(case: Case, backend: str, device: torch.device) -> str:
     return "+".join(dict.fromkeys(found))
 
 
+def takes(backend: str, case: Case, device: torch.device) -> bool:
+    """Whether a backend is available and runs every op of a case."""
+    return not any(supports(backend, spec) for spec in case.specs(device))
+
+
 def device(named: str | None, backend: str) -> torch.device:
     """The named device; without a name the GPU, if there is one and the backend is not made for the CPU."""
     if named == "cuda" and not torch.cuda.is_available():
