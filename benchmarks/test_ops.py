@@ -13,7 +13,8 @@ import torch
 
 from lightning_attn import available_backends
 from lightning_attn.cli.accuracy import Judge
-from lightning_attn.cli.cases import Attention, Case, Decode, GatedRMSNorm, Layer, dtype_name
+from lightning_attn.cli.case import Case, dtype_name
+from lightning_attn.cli.cases import Attention, Decode, GatedRMSNorm, Layer
 
 pytest.importorskip("pytest_benchmark")
 

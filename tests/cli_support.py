@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lightning_attn import backends
 from lightning_attn.cli import main
-from lightning_attn.cli.cases import Attention, Case, Decode, GatedRMSNorm, Layer
+from lightning_attn.cli.case import Case
+from lightning_attn.cli.cases import Attention, Decode, GatedRMSNorm, Layer
 
 F32, BF16 = torch.float32, torch.bfloat16
 

@@ -12,6 +12,8 @@ import torch
 from support import BACKENDS, GPU_BACKENDS, device_of
 from torch import Tensor
 
+from lightning_attn.cli.graph import Replayed
+
 T = TypeVar("T")
 
 GPU = torch.cuda.is_available()
@@ -74,21 +76,8 @@ def side_stream() -> Iterator[None]:
 
 
 def capture(call: Callable[[], T]) -> Callable[[], T]:
-    """The call as a CUDA graph: each replay gives its results, in the same memory each time."""
-    if not GPU:
-        return call
-    with side_stream():
-        for _ in range(2):  # what is compiled, loaded or allocated once cannot be in a graph
-            call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-
-    def replay() -> T:
-        graph.replay()
-        return results
-
-    return replay
+    """The call, after some that warm it up, as a CUDA graph: each replay gives its results, in the same memory each time."""
+    return Replayed(call, torch.device(DEVICE))
 
 
 @contextmanager

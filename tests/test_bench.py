@@ -14,7 +14,8 @@ from support import ON_CPU
 from torch import Tensor
 
 from lightning_attn import backends
-from lightning_attn.cli.cases import Attention, Case, Decode, GatedRMSNorm, Layer
+from lightning_attn.cli.case import Case
+from lightning_attn.cli.cases import Attention, Decode, GatedRMSNorm, Layer
 
 ROW = {
     "op": str,

@@ -19,7 +19,7 @@ from torch import Tensor
 import lightning_attn
 from lightning_attn import available_backends, backends, ops
 from lightning_attn.cli.accuracy import Judge, Verdict
-from lightning_attn.cli.cases import Case
+from lightning_attn.cli.case import Case
 from lightning_attn.dispatch import Spec
 
 ROOT = Path(__file__).resolve().parent.parent

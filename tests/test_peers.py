@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_attn.backends.reference import recurrence
 from lightning_attn.cli import results
-from lightning_attn.cli.cases import Attention, Case, Decode
+from lightning_attn.cli.case import Case
+from lightning_attn.cli.cases import Attention, Decode
 from lightning_attn.cli.machine import Limits
 from lightning_attn.cli.peers import missing_peers, peers
 from lightning_attn.cli.results import Row, Timing

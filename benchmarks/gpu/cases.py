@@ -8,17 +8,8 @@ from typing import Any
 
 import torch
 
-from lightning_attn.cli.cases import (
-    BACKWARD,
-    FORWARD,
-    GRAPH,
-    TRAIN,
-    Attention,
-    Case,
-    Decode,
-    GatedRMSNorm,
-    Layer,
-)
+from lightning_attn.cli.case import BACKWARD, FORWARD, GRAPH, TRAIN, Case
+from lightning_attn.cli.cases import Attention, Decode, GatedRMSNorm, Layer
 
 from . import dry
 from .targets import DECODE, FULL, LONG, Shape

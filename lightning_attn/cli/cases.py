@@ -15,7 +15,6 @@ from lightning_attn.dispatch import Spec, accumulation_dtype
 
 from . import eager, truth
 from .case import (
-    BACKWARD,
     FORWARD,
     GRAPH,
     LAYERS,
@@ -31,19 +30,6 @@ from .case import (
 from .eager import Function
 from .graph import Replayed
 from .timing import synchronize
-
-__all__ = [
-    "BACKWARD",
-    "FORWARD",
-    "GRAPH",
-    "TRAIN",
-    "Attention",
-    "Case",
-    "Decode",
-    "GatedRMSNorm",
-    "Layer",
-    "dtype_name",
-]
 
 EPS = 1e-6  # of the norm
 BLOCK = 64  # tokens: the block length at which flops are counted
