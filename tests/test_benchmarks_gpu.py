@@ -83,7 +83,7 @@ def test_a_dry_run_says_that_it_is_one(document: dict[str, Any], dry_run: tuple[
 
 def test_the_json_is_complete(document: dict[str, Any]) -> None:
     assert document["versions"]["torch"] and document["versions"]["triton"] and document["device"]["name"]
-    assert document["backends"]["triton"] == "ok"
+    assert document["backends"]["triton"] == "ok" and isinstance(document["missing_peers"], list)
     assert document["copy_bytes_per_s"] > 0 and document["matrix_flops_per_s"]["float16"] > 0
     results = document["results"]
     for step in MEASURED:

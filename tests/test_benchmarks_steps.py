@@ -78,6 +78,21 @@ def test_a_failing_step_is_recorded_and_the_rest_runs(tmp_path: Path) -> None:
     assert (tmp_path / "logs" / "it.log").read_text() == "done\n"
 
 
+def test_without_a_gpu_nothing_is_tried(tmp_path: Path) -> None:
+    """What the step "machine" says; one that merely fails stops nothing."""
+    json_ = tmp_path / "logs" / "it.json"
+
+    def machine(code: str) -> Step:
+        return Step("machine", 30, 1, python(code), always=True)
+
+    says = f'import pathlib; pathlib.Path({str(json_)!r}).write_text(\'{{"why_not": "no GPU"}}\'); exit(1)'
+    after = Step("after", 30, 1, python("print('ran')"))
+    steps = run(tmp_path, machine(says), after)
+    assert {name: step["outcome"] for name, step in steps.items()} == {"machine": FAILED, "after": FAILED}
+    assert steps["after"]["why"] == "no GPU" and steps["after"]["exit_code"] is None
+    assert run(tmp_path, machine("exit(1)"), after)["after"]["outcome"] == OK
+
+
 def test_a_step_out_of_time_is_ended_with_all_it_started(tmp_path: Path) -> None:
     """A child of a child too, also one that does not mind being asked; the next step runs."""
     child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(100)"
@@ -137,17 +152,26 @@ if data["unfinished"]: os.abort()
     assert json.loads((tmp_path / "gpu.json").read_text())["results"]["thrice"]["turns"] == 3
 
 
-def test_a_signal_ends_the_groups_too(tmp_path: Path) -> None:
-    """Whoever ends the command ends what it runs."""
+def running(child: list[str], log: Path) -> list[str]:
+    """A command that runs another one, as the steps do."""
     code = f"""
 import os, pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
 from benchmarks.gpu import process
 process.end_with_groups()
-child = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(100)"]
-process.run(child, pathlib.Path({str(tmp_path / "log")!r}), limit=100, cwd=".", env=os.environ)
+process.run({child!r}, pathlib.Path({str(log)!r}), limit=100, cwd=".", env=os.environ)
 """
-    parent = subprocess.Popen([sys.executable, "-c", code])
+    return [sys.executable, "-c", code]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_signal_ends_the_groups_too(tmp_path: Path, nested: bool) -> None:
+    """Whoever ends the command ends what it runs, and what that runs in groups of its own."""
+    sleeper = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(100)"]
+    command = running(sleeper, tmp_path / "log")
+    if nested:
+        command = running(command, tmp_path / "outer.log")
+    parent = subprocess.Popen(command)
     log = tmp_path / "log"
     for _ in range(200):
         if log.exists() and log.read_text().strip():

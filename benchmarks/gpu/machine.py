@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,17 +15,18 @@ from lightning_attn.cli.peers import missing_peers
 from . import dry, part
 from .record import replace_json
 
+WITHOUT_GPU = "PyTorch finds no GPU; use --dry to try the command without one"
 
-def facts(device: torch.device) -> dict[str, Any]:
+
+def facts(device: torch.device) -> Iterator[tuple[str, Any]]:
+    """One after the other: what can fail comes last."""
     dtype = torch.bfloat16 if device.type == "cuda" else dry.DTYPE
-    return {
-        "versions": machine.versions(),
-        "device": machine.device(device),
-        "backends": lightning_attn.available_backends(),
-        "missing_peers": missing_peers(device),
-        "commit": machine.commit(),
-        "limits": machine.measure_limits(dtype, device).as_json(),
-    }
+    yield "versions", machine.versions()
+    yield "commit", machine.commit()
+    yield "device", machine.device(device)
+    yield "backends", lightning_attn.available_backends()
+    yield "missing_peers", missing_peers(device)
+    yield "limits", machine.measure_limits(dtype, device).as_json()
 
 
 def main() -> int:
@@ -32,11 +34,13 @@ def main() -> int:
     if options.dry:
         dry.shrink()
     elif not torch.cuda.is_available():
-        print("PyTorch finds no GPU; use --dry to try the command without one")
+        print(WITHOUT_GPU)
+        replace_json(options.json, {"why_not": WITHOUT_GPU})
         return 1
-    found = facts(torch.device("cpu" if options.dry else "cuda"))
-    replace_json(options.json, found)
-    for name, value in found.items():
+    found: dict[str, Any] = {}
+    for name, value in facts(torch.device("cpu" if options.dry else "cuda")):
+        found[name] = value
+        replace_json(options.json, found)
         print(f"{name}: {value}")
     return 0
 

@@ -72,7 +72,10 @@ class Record:
         facts = self.results.get("machine") or {}
         document = {
             "dry": self.dry,
-            **{name: facts.get(name) for name in ("versions", "device", "backends", "commit")},
+            **{
+                name: facts.get(name)
+                for name in ("versions", "device", "backends", "missing_peers", "commit")
+            },
             "date": self.date,
             "command": self.command,
             "wheels": self.wheels,

@@ -46,6 +46,8 @@ def run_steps(
         say(f"{step.name}: at most {max(seconds, 0):.0f} s of {max(left, 0):.0f} s")
         if seconds < min(ENOUGH, step.most):
             record.steps[step.name] = Outcome(TIMED_OUT, "no time was left for it", allowed_s=0.0)
+        elif why_not := context.facts.get("why_not"):
+            record.steps[step.name] = Outcome(FAILED, why_not)
         else:
             try:
                 _run_step(step, context, record, seconds)

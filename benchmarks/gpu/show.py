@@ -13,7 +13,7 @@ WIDTH, TABLE_WIDTH = 110, 150
 def summary(document: dict[str, Any]) -> Iterator[str]:
     """The lines."""
     yield from _failures(document)
-    yield from document.get("missing_peers") or ()
+    yield from document["missing_peers"] or ()
     yield ""
     yield from _aligned(("step", "outcome", "s", ""), _steps(document))
     yield ""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .record import FAILED, LEFT_OUT, OK, Outcome
+from .record import LEFT_OUT, OK, Outcome
 
 GPU_BACKENDS = ("triton", "cuda")
 MEASURED = ("forward", "backward", "decode", "norm", "layer")
@@ -26,7 +26,9 @@ SANITIZER = "compute-sanitizer"
 
 @dataclass(frozen=True)
 class Context:
-    """Where a run happens. `facts` is what the step "machine" has found, empty before."""
+    """Where a run happens. `facts` is what the step "machine" has found, empty before; a `why_not` among them is why
+    nothing can run here.
+    """
 
     root: Path
     out: Path
@@ -116,18 +118,15 @@ def _machine(context: Context) -> Parts:
 
 
 def _smoke(context: Context) -> Parts:
-    return {"smoke": _without_gpu(context) or context.module("smoke", "smoke")}
+    return {"smoke": context.module("smoke", "smoke")}
 
 
 def _warm(context: Context) -> Parts:
-    return {"warm": _without_gpu(context) or context.module("warm", "warm")}
+    return {"warm": context.module("warm", "warm")}
 
 
 def _tests(context: Context) -> Parts:
-    return {
-        "tests": _without_gpu(context)
-        or context.module("suite", "tests", "--logs", str(context.out / "logs" / "tests"))
-    }
+    return {"tests": context.module("suite", "tests", "--logs", str(context.out / "logs" / "tests"))}
 
 
 def _check(context: Context) -> Parts:
@@ -172,11 +171,7 @@ def _device_refused(text: str) -> str | None:
 
 
 def _measured(name: str) -> Callable[[Context], Parts]:
-    return lambda context: {name: _without_gpu(context) or context.module("measure", name, name)}
-
-
-def _without_gpu(context: Context) -> Outcome | None:
-    return None if context.dry or context.facts else Outcome(FAILED, "the step `machine` found no GPU")
+    return lambda context: {name: context.module("measure", name, name)}
 
 
 # A cold run on a fast machine is to end within nine minutes; the least of all leaves some of that.

@@ -26,6 +26,7 @@ __all__ = ["attention_decode", "supports", "unavailable"]
 
 EMULATED = os.environ.get("LIGHTNING_ATTN_EMULATE_CUDA") == "1"
 MAX_HEAD_DIM = 256
+CAPABILITY = (8, 0)
 # Made by setup.py: the source, and machine code if there was nvcc.
 CODE = Path(__file__).resolve().parent.parent / "_cuda"
 SOURCE, FATBIN = CODE / "step.cu", CODE / "step.fatbin"
@@ -86,10 +87,8 @@ def supports(spec: Spec) -> list[str]:
     if spec.device != ("cpu" if EMULATED else "cuda"):
         emulated = " while it is emulated" if EMULATED else ""
         reasons.append(f"it runs on {'CPU' if EMULATED else 'CUDA'} tensors{emulated}, not on {spec.device}")
-    elif not EMULATED and torch.cuda.get_device_capability() < (
-        8,
-        0,
-    ):  # of the current device: `spec` names none
+    # That of the current device: `spec` names none.
+    elif not EMULATED and torch.cuda.get_device_capability() < CAPABILITY:
         reasons.append("it needs compute capability 8.0 or later")
     if spec.dtype not in _DTYPES:
         reasons.append(f"it takes float32, bfloat16 or float16, not {spec.dtype}")
