@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import ops, validation
+from .autocast import autocast
 
 
 def lightning_attention(
@@ -52,7 +53,7 @@ def lightning_attention(
             too if the environment variable LIGHTNING_ATTN_CHECK is 1.
     """
     validation.types("lightning_attention", backend, q=q, k=k, v=v, decay=decay)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     validation.attention(q, k, v, decay, scale, initial_state, cu_seqlens)
     if torch.compiler.is_compiling():  # it cannot trace an autograd.Function that is given one tensor twice
         k = k.view_as(k) if k is q else k
@@ -102,7 +103,7 @@ def lightning_attention_decode(
             requires grad while grad mode is on.
     """
     validation.types("lightning_attention_decode", backend, q=q, k=k, v=v, decay=decay)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     validation.decode(q, k, v, decay, state, slots, scale)
     return ops.attention_decode(q, k, v, decay, state, slots, scale, backend)
 
@@ -131,21 +132,12 @@ def gated_rms_norm(
         TypeError, ValueError: an argument of a wrong type, dtype, shape or device; a backend that cannot run.
     """
     validation.types("gated_rms_norm", backend, x=x, gate=gate, weight=weight)
-    x, gate = _autocast(x, gate)
+    x, gate = autocast(x, gate)
     if weight.dtype != torch.float32:
-        (weight,) = _autocast(weight)
+        (weight,) = autocast(weight)
     validation.gated_rms_norm(x, gate, weight, eps)
     if torch.compiler.is_compiling() and gate is x:  # as in lightning_attention
         gate = gate.view_as(gate)
     if torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad or weight.requires_grad):
         return ops.GatedRMSNormFunction.apply(x, gate, weight, eps, backend)
     return ops.gated_rms_norm_forward(x, gate, weight, eps, backend)[0]
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as autocast wants them: in its dtype, if it is on; float64 is left alone."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # autocast does not know meta
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

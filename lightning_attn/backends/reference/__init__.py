@@ -19,7 +19,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..dispatch import Spec, accumulation_dtype
+from ...dispatch import Spec, accumulation_dtype
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -1,26 +1,11 @@
-"""Every input error, in the form "function: expected ..., got ...".
-
-The public functions check the structure of their arguments: types, dtypes, shapes, devices and strides. The
-functions named `*_values` read tensors; operators call them, so that they also hold under torch.compile.
-"""
+"""The errors of attention, decode and the layer."""
 
 import math
-import sys
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_INTEGERS = (torch.int32, torch.int64)
-
-
-def types(function: str, backend: str, **tensors: Tensor) -> None:
-    """The types of arguments: comes before everything that takes them for granted."""
-    for name, x in tensors.items():
-        _tensor(function, name, x)
-    if not isinstance(backend, str):
-        raise TypeError(f"{function}: expected backend to be a str, got {type(backend).__name__}")
+from .common import dims, floating, index, number, same_device, tensor
 
 
 def attention(
@@ -39,29 +24,29 @@ def attention(
     if cu_seqlens is not None:
         _cu_seqlens(function, cu_seqlens, q)
         if N != 1:
-            raise ValueError(f"{function}: expected q of shape [1, T, H, K] with cu_seqlens, got {_shape(q)}")
+            raise ValueError(f"{function}: expected q of shape [1, T, H, K] with cu_seqlens, got {dims(q)}")
         N = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         _initial_state(function, "initial_state", initial_state, (N, H, K, v.shape[3]), q.dtype)
-        _same_device(function, "initial_state", initial_state, "q", q)
+        same_device(function, "initial_state", initial_state, "q", q)
 
 
 def _cu_seqlens(function: str, cu_seqlens: Tensor, like: Tensor) -> None:
-    _index(function, "cu_seqlens", cu_seqlens, like)
+    index(function, "cu_seqlens", cu_seqlens, like)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"{function}: expected cu_seqlens of shape [N + 1], got {_shape(cu_seqlens)}")
+        raise ValueError(f"{function}: expected cu_seqlens of shape [N + 1], got {dims(cu_seqlens)}")
 
 
 def _initial_state(
     function: str, name: str, state: Tensor, shape: tuple[int, ...], inputs_dtype: torch.dtype
 ) -> None:
-    _tensor(function, name, state)
+    tensor(function, name, state)
     dtype = torch.float64 if inputs_dtype == torch.float64 else torch.float32
     if state.dtype != dtype:
         raise TypeError(f"{function}: expected {name} of dtype {dtype}, got {state.dtype}")
     if state.shape != shape:
         raise ValueError(
-            f"{function}: expected {name} of shape [N, H, K, V] = {list(shape)}, got {_shape(state)}"
+            f"{function}: expected {name} of shape [N, H, K, V] = {list(shape)}, got {dims(state)}"
         )
 
 
@@ -73,7 +58,7 @@ def decode(
     _tokens(function, q, k, v, decay, scale)
     B, _, H, K = q.shape
     V = v.shape[3]
-    _tensor(function, "state", state)
+    tensor(function, "state", state)
     dtypes = (torch.float64,) if q.dtype == torch.float64 else (torch.float32, torch.bfloat16)
     if state.dtype not in dtypes:
         names = " or ".join(map(str, dtypes))
@@ -81,18 +66,18 @@ def decode(
     if state.dim() != 4 or state.shape[1:] != (H, K, V) or (slots is None and state.shape[0] != B):
         S = "S" if slots is not None else f"B = {B}"
         raise ValueError(
-            f"{function}: expected state of shape [S, H, K, V] = [{S}, {H}, {K}, {V}], got {_shape(state)}"
+            f"{function}: expected state of shape [S, H, K, V] = [{S}, {H}, {K}, {V}], got {dims(state)}"
         )
     if not state.is_contiguous() and not _disjoint_matrices(state):
         raise ValueError(
             f"{function}: expected state of dense [K, V] matrices that do not overlap, "
             f"got strides {list(state.stride())}"
         )
-    _same_device(function, "state", state, "q", q)
+    same_device(function, "state", state, "q", q)
     if slots is not None:
-        _index(function, "slots", slots, q)
+        index(function, "slots", slots, q)
         if slots.shape != (B,):
-            raise ValueError(f"{function}: expected slots of shape [B] = [{B}], got {_shape(slots)}")
+            raise ValueError(f"{function}: expected slots of shape [B] = [{B}], got {dims(slots)}")
     if torch.is_grad_enabled():
         for name, x in (("q", q), ("k", k), ("v", v), ("state", state)):
             if x.requires_grad:
@@ -100,27 +85,6 @@ def decode(
                     f"{function}: expected {name} without requires_grad (decoding is not differentiable: "
                     "use torch.no_grad() or lightning_attention), got a tensor that requires grad"
                 )
-
-
-def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> None:
-    """The structure of the arguments of gated_rms_norm."""
-    function = "gated_rms_norm"
-    _floating(function, "x", x)
-    if gate.dtype != x.dtype:
-        raise TypeError(f"{function}: expected gate of x's dtype {x.dtype}, got {gate.dtype}")
-    if weight.dtype != x.dtype and weight.dtype != torch.float32:
-        raise TypeError(f"{function}: expected weight of x's dtype {x.dtype} or float32, got {weight.dtype}")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{function}: expected x of shape [..., D], got {_shape(x)}")
-    if gate.shape != x.shape:
-        raise ValueError(f"{function}: expected gate of x's shape {_shape(x)}, got {_shape(gate)}")
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"{function}: expected weight of shape [D] = [{x.shape[-1]}], got {_shape(weight)}")
-    _same_device(function, "gate", gate, "x", x)
-    _same_device(function, "weight", weight, "x", x)
-    _number(function, "eps", eps)
-    if eps <= 0:
-        raise ValueError(f"{function}: expected eps > 0, got {eps}")
 
 
 def layer(
@@ -133,25 +97,25 @@ def layer(
 ) -> None:
     """The structure of the arguments of LightningAttention that lightning_attention does not see."""
     function = "LightningAttention"
-    _tensor(function, "x", x)
+    tensor(function, "x", x)
     if x.dim() != 3 or x.shape[2] != hidden_size:
-        raise ValueError(f"{function}: expected x of shape [B, T, {hidden_size}], got {_shape(x)}")
+        raise ValueError(f"{function}: expected x of shape [B, T, {hidden_size}], got {dims(x)}")
     if attention_mask is not None:
         if cu_seqlens is not None:
             raise ValueError(f"{function}: expected attention_mask or cu_seqlens, got both")
-        _tensor(function, "attention_mask", attention_mask)
+        tensor(function, "attention_mask", attention_mask)
         if attention_mask.shape != x.shape[:2]:
             raise ValueError(
-                f"{function}: expected attention_mask of shape [B, T] = {_shape(x)[:2]}, "
-                f"got {_shape(attention_mask)}"
+                f"{function}: expected attention_mask of shape [B, T] = {dims(x)[:2]}, "
+                f"got {dims(attention_mask)}"
             )
-        _same_device(function, "attention_mask", attention_mask, "x", x)
+        same_device(function, "attention_mask", attention_mask, "x", x)
     if cu_seqlens is not None:
         _cu_seqlens(function, cu_seqlens, x)
     if state is not None:
         N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         _initial_state(function, "state", state, (N, *state_shape), x.dtype)
-        _same_device(function, "state", state, "x", x)
+        same_device(function, "state", state, "x", x)
 
 
 def attention_values(function: str, decay: Tensor, cu_seqlens: Tensor | None, T: int) -> None:
@@ -194,7 +158,7 @@ def _decay_values(function: str, decay: Tensor) -> None:
 
 
 def _tokens(function: str, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float) -> None:
-    _floating(function, "q", q)
+    floating(function, "q", q)
     dtype = q.dtype
     if k.dtype != dtype:
         raise TypeError(f"{function}: expected k of q's dtype {dtype}, got {k.dtype}")
@@ -203,63 +167,21 @@ def _tokens(function: str, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale
     if decay.dtype != torch.float32:
         raise TypeError(f"{function}: expected decay of dtype float32, got {decay.dtype}")
     if q.dim() != 4:
-        raise ValueError(f"{function}: expected q of shape [B, T, H, K], got {_shape(q)}")
+        raise ValueError(f"{function}: expected q of shape [B, T, H, K], got {dims(q)}")
     shape = q.shape
     if k.shape != shape:
-        raise ValueError(f"{function}: expected k of q's shape [B, T, H, K] = {_shape(q)}, got {_shape(k)}")
+        raise ValueError(f"{function}: expected k of q's shape [B, T, H, K] = {dims(q)}, got {dims(k)}")
     B, T, H, _ = shape
     if v.dim() != 4 or v.shape[:3] != shape[:3]:
-        raise ValueError(
-            f"{function}: expected v of shape [B, T, H, V] = [{B}, {T}, {H}, V], got {_shape(v)}"
-        )
+        raise ValueError(f"{function}: expected v of shape [B, T, H, V] = [{B}, {T}, {H}, V], got {dims(v)}")
     if decay.shape != (H,):
-        raise ValueError(f"{function}: expected decay of shape [H] = [{H}], got {_shape(decay)}")
-    _same_device(function, "k", k, "q", q)
-    _same_device(function, "v", v, "q", q)
-    _same_device(function, "decay", decay, "q", q)
-    _number(function, "scale", scale)
+        raise ValueError(f"{function}: expected decay of shape [H] = [{H}], got {dims(decay)}")
+    same_device(function, "k", k, "q", q)
+    same_device(function, "v", v, "q", q)
+    same_device(function, "decay", decay, "q", q)
+    number(function, "scale", scale)
     if decay.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{function}: expected decay to be a constant, got a tensor that requires grad")
-
-
-def _tensor(function: str, name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{function}: expected {name} to be a torch.Tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{function}: expected {name} of layout torch.strided, got {x.layout}")
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        raise ValueError(
-            f"{function}: expected {name} without a tangent: there is no forward-mode derivative"
-        )
-
-
-def _floating(function: str, name: str, x: Tensor) -> None:
-    if x.dtype not in _FLOATS:
-        raise TypeError(
-            f"{function}: expected {name} of dtype float32, bfloat16, float16 or float64, got {x.dtype}"
-        )
-
-
-def _index(function: str, name: str, x: Tensor, q: Tensor) -> None:
-    _tensor(function, name, x)
-    if x.dtype not in _INTEGERS:
-        raise TypeError(f"{function}: expected {name} of dtype int32 or int64, got {x.dtype}")
-    _same_device(function, name, x, "q", q)
-
-
-def _same_device(function: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    if x.device != other.device:
-        raise ValueError(
-            f"{function}: expected {name} on {other_name}'s device {other.device}, got {x.device}"
-        )
-
-
-def _number(function: str, name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{function}: expected {name} to be a Python number, got {type(value).__name__}")
-    if not -sys.float_info.max <= value <= sys.float_info.max:
-        got = "an int beyond float64" if isinstance(value, int) else value
-        raise ValueError(f"{function}: expected {name} to be finite, got {got}")
 
 
 def _disjoint_matrices(state: Tensor) -> bool:
@@ -277,7 +199,3 @@ def _disjoint_matrices(state: Tensor) -> bool:
                 return False
             extent += stride * (size - 1)
     return True
-
-
-def _shape(x: Tensor) -> list[int]:
-    return list(x.shape)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightning_attn import _C
 
-from ..dispatch import Spec, accumulation_dtype
-from . import threads
+from ...dispatch import Spec, accumulation_dtype
+from .. import threads
 
 __all__ = [
     "attention_backward",
