@@ -1,7 +1,7 @@
 """The kernels, behind one interface. A backend is imported when it is first asked for, never before.
 
-Every backend module exports the same raw functions, or those of them that it has a kernel for ("cuda" has decode only):
-tensors in, tensors out, no autograd, no validation.
+Every backend module exports the same raw functions, or those of them that it has a kernel for ("cuda" has decode, routing
+and sorting): tensors in, tensors out, no autograd, no validation.
 Outputs are contiguous and alias no input.
 
     unavailable() -> str | None                 # why it can run nothing on this machine
@@ -12,19 +12,61 @@ Outputs are contiguous and alias no input.
     attention_decode(q, k, v, decay, state, slots, scale) -> o                 # state is updated in place
     gated_rms_norm_forward(x, gate, weight, eps) -> (y, rstd)
     gated_rms_norm_backward(dy, x, gate, weight, rstd) -> (dx, dgate, dweight)
+    moe_route_forward(logits, top_k, renormalize) -> (weights, experts)
+    moe_route_backward(dweights, logits, weights, experts, renormalize) -> dlogits
+    moe_sort(experts, num_experts) -> (order, position, offs)
+    grouped_gemm_forward(x, w, offs) -> y
+    grouped_gemm_backward(dy, x, w, offs, need_x, need_w) -> (dx or None, dw or None)
+    moe_mlp_forward(x, gate_up, down, weights, routing, interleaved, save) -> (y, h or None)
+    moe_mlp_backward(dy, x, gate_up, down, weights, routing, h, interleaved, need_x, need_gate_up, need_down, need_weights)
+        -> (dx, dgate_up, ddown, dweights)             # None for what is not needed
 
 Shapes and dtypes are those of the public functions; gradients have the dtype of what they belong to; rstd is
 float32 (float64 with float64 inputs), shape x.shape[:-1]. q, k, v, do, x, gate and dy are contiguous in the
 last dimension and free in their other strides, as decode's state is in its first two; the rest is contiguous.
+
+The mixture of experts. A pair (t, j) is token t with the j-th of its k experts, and has the number p = t * k + j.
+
+    logits, x [T, D], dweights, dy      contiguous in the last dimension, free in the first
+    w, gate_up, down                    [E, N, K], contiguous in one of the last two dimensions, free in the other strides;
+                                        gate_up and down of an MLP as `Expert`: the matrices, and the scales if they are int8
+    weights, experts                    [T, k] contiguous; float32 (float64 with float64 x), int32
+    order [T * k] int32                 the pairs by expert, those of an expert in rising order: a stable sort
+    position [T, k] int32               where each pair stands in `order`; -1 for one whose expert is not in [0, E)
+    offs [E] int32                      where each expert's pairs end in `order`; what follows the last is undefined
+    h [T * k, 2F]                       pre-activations in x's dtype: the gate's F columns, then the up's, whatever the layout;
+                                        rows as in `order`. Kept for the backward, None without `save`
+    routing                             (order, position, offs), as `Routing`
+
+`grouped_gemm_*` treat rows of x past offs[-1] as no group's: zero in y and dx. dw of an empty group is zero. On a GPU no
+value of `experts` or `offs`, and no NaN, leads outside of a tensor.
 """
 
 import importlib
 import os
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..dispatch import BACKENDS, Spec
+
+
+class Routing(NamedTuple):
+    """Pairs of tokens and experts, sorted: see above."""
+
+    order: Tensor
+    position: Tensor
+    offs: Tensor
+
+
+class Expert(NamedTuple):
+    """A matrix of each expert, [E, N, K]; if it is int8, with a float32 factor for each of its rows, `scale` [E, N]."""
+
+    weight: Tensor
+    scale: Tensor | None = None
+
 
 _forked = False
 

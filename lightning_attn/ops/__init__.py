@@ -5,16 +5,37 @@ on, chooses the backend, brings the tensors into the layout that kernels take, a
 """
 
 from .attention import AttentionFunction, attention_backward, attention_decode, attention_forward
+from .moe import (
+    GroupedGemmFunction,
+    MoeMlpFunction,
+    MoeRouteFunction,
+    grouped_gemm_backward,
+    grouped_gemm_forward,
+    moe_mlp_backward,
+    moe_mlp_forward,
+    moe_route_backward,
+    moe_route_forward,
+)
 from .norm import GatedRMSNormFunction, gated_rms_norm_backward, gated_rms_norm_forward
-from .registry import _resolve
+from .registry import _resolve, check_values
 
 __all__ = [
     "AttentionFunction",
     "GatedRMSNormFunction",
+    "GroupedGemmFunction",
+    "MoeMlpFunction",
+    "MoeRouteFunction",
     "_resolve",
     "attention_backward",
     "attention_decode",
     "attention_forward",
+    "check_values",
     "gated_rms_norm_backward",
     "gated_rms_norm_forward",
+    "grouped_gemm_backward",
+    "grouped_gemm_forward",
+    "moe_mlp_backward",
+    "moe_mlp_forward",
+    "moe_route_backward",
+    "moe_route_forward",
 ]

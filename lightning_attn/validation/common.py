@@ -36,11 +36,11 @@ def floating(function: str, name: str, x: Tensor) -> None:
         )
 
 
-def index(function: str, name: str, x: Tensor, q: Tensor) -> None:
+def index(function: str, name: str, x: Tensor, like: Tensor, like_name: str = "q") -> None:
     tensor(function, name, x)
     if x.dtype not in _INTEGERS:
         raise TypeError(f"{function}: expected {name} of dtype int32 or int64, got {x.dtype}")
-    same_device(function, name, x, "q", q)
+    same_device(function, name, x, like_name, like)
 
 
 def same_device(function: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:

@@ -14,15 +14,41 @@ with float64 in place of float32 for float64 inputs. The remaining functions are
 import functools
 from collections.abc import Callable
 from itertools import pairwise
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...dispatch import Spec, accumulation_dtype
+from .moe import (
+    grouped_gemm_backward,
+    grouped_gemm_forward,
+    moe_mlp_backward,
+    moe_mlp_forward,
+    moe_route_backward,
+    moe_route_forward,
+    moe_sort,
+)
+from .raw import raw
 
-P = ParamSpec("P")
-R = TypeVar("R")
+__all__ = [
+    "attention_backward",
+    "attention_decode",
+    "attention_forward",
+    "block_form",
+    "gated_rms_norm_backward",
+    "gated_rms_norm_forward",
+    "grouped_gemm_backward",
+    "grouped_gemm_forward",
+    "moe_mlp_backward",
+    "moe_mlp_forward",
+    "moe_route_backward",
+    "moe_route_forward",
+    "moe_sort",
+    "quadratic",
+    "recurrence",
+    "supports",
+    "unavailable",
+]
 
 _BLOCK = 64  # of the raw functions, which compute in the accumulation dtype
 
@@ -79,19 +105,7 @@ def supports(spec: Spec) -> list[str]:
     return []
 
 
-def _raw(function: Callable[P, R]) -> Callable[P, R]:
-    """A raw function sees neither the caller's grad mode nor its autocast."""
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        assert isinstance(args[0], Tensor)
-        with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
-            return function(*args, **kwargs)
-
-    return run
-
-
-@_raw
+@raw
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -112,7 +126,7 @@ def attention_forward(
     return o, state if return_state else None
 
 
-@_raw
+@raw
 def attention_backward(
     do: Tensor,
     dstate: Tensor | None,
@@ -142,7 +156,7 @@ def attention_backward(
     return dq, dk, dv, None if initial_state is None else dstate
 
 
-@_raw
+@raw
 def attention_decode(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, slots: Tensor | None, scale: float
 ) -> Tensor:
@@ -160,7 +174,7 @@ def attention_decode(
     return o
 
 
-@_raw
+@raw
 def gated_rms_norm_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     acc = accumulation_dtype(x.dtype)
     x_ = x.to(acc)
@@ -169,7 +183,7 @@ def gated_rms_norm_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) 
     return y.to(x.dtype).contiguous(), rstd
 
 
-@_raw
+@raw
 def gated_rms_norm_backward(
     dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
