@@ -21,6 +21,15 @@ from ...dispatch import Spec, accumulation_dtype
 from . import attention, decode, gated_rms_norm
 from .config import device_arch
 from .launch import run_all
+from .moe import (
+    grouped_gemm_backward,
+    grouped_gemm_forward,
+    moe_mlp_backward,
+    moe_mlp_forward,
+    moe_route_backward,
+    moe_route_forward,
+    moe_sort,
+)
 
 __all__ = [
     "attention_backward",
@@ -28,12 +37,20 @@ __all__ = [
     "attention_forward",
     "gated_rms_norm_backward",
     "gated_rms_norm_forward",
+    "grouped_gemm_backward",
+    "grouped_gemm_forward",
+    "moe_mlp_backward",
+    "moe_mlp_forward",
+    "moe_route_backward",
+    "moe_route_forward",
+    "moe_sort",
     "supports",
     "unavailable",
 ]
 
 MAX_HEAD_DIM = 256
 MAX_NORM_DIM = 16384
+MAX_EXPERTS = 512
 INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were decorated
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,7 +71,10 @@ def supports(spec: Spec) -> list[str]:
     if spec.device != "cuda" and not (spec.device == "cpu" and INTERPRETED):
         interpreter = " (on CPU tensors only with TRITON_INTERPRET=1)" if spec.device == "cpu" else ""
         reasons.append(f"it runs on CUDA tensors, not on {spec.device}{interpreter}")
-    if spec.dtype not in _DTYPES:
+    if spec.op == "moe_sort":
+        if spec.V > MAX_EXPERTS:
+            reasons.append(f"it takes at most {MAX_EXPERTS} experts, not {spec.V}")
+    elif spec.dtype not in _DTYPES:
         reasons.append(f"it takes float32, bfloat16 or float16, not {spec.dtype}")
     elif INTERPRETED and spec.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter gets products of bfloat16 wrong")
@@ -62,7 +82,9 @@ def supports(spec: Spec) -> list[str]:
         for name, dim in (("K", spec.K), ("V", spec.V)):
             if not 1 <= dim <= MAX_HEAD_DIM:
                 reasons.append(f"it takes {name} from 1 to {MAX_HEAD_DIM}, not {dim}")
-    elif spec.K > MAX_NORM_DIM:
+    elif spec.op.startswith("moe_route") and spec.K > MAX_EXPERTS:
+        reasons.append(f"it takes at most {MAX_EXPERTS} experts, not {spec.K}")
+    elif spec.op.startswith("gated_rms_norm") and spec.K > MAX_NORM_DIM:
         reasons.append(f"it takes a last dimension of at most {MAX_NORM_DIM}, not {spec.K}")
     return reasons
 

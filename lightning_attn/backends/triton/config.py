@@ -214,7 +214,7 @@ def device_arch(device: torch.device) -> Arch:
 # ---- decoding and the norm: all that counts is the memory ----------------------------------------------------------
 
 
-def _warps(threads: int, arch: Arch) -> int:
+def warps_of(threads: int, arch: Arch) -> int:
     return max(1, threads // (64 if arch.name.startswith("gfx") else 32))
 
 
@@ -229,7 +229,7 @@ def decode(K: int, V: int, state_size: int, arch: Arch) -> Tiles:
     """
     key = power_of_two(K)
     value = min(power_of_two(V), max(32, 16 * KIB // state_size // key))
-    return Tiles(0, key, value, _warps(max(2 * key, key * value // 32), arch), 1)
+    return Tiles(0, key, value, warps_of(max(2 * key, key * value // 32), arch), 1)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -241,7 +241,7 @@ def norm(D: int, arch: Arch) -> Tiles:
     """
     columns = 1 << (D - 1).bit_length()
     rows = max(1, 2048 // columns)
-    return Tiles(rows, 0, columns, _warps(min(512, rows * columns // 16), arch), 1)
+    return Tiles(rows, 0, columns, warps_of(min(512, rows * columns // 16), arch), 1)
 
 
 @dataclass(frozen=True)
@@ -261,11 +261,11 @@ def norm_share(rows: int, tiles: Tiles, arch: Arch) -> NormShare:
     if it is over 32 rows at most; their partial sums add a fortieth to the traffic.
     """
     compensated = tiles.value <= 8192
-    programs = arch.processors * max(1, _warps(512, arch) // tiles.warps)
+    programs = arch.processors * max(1, warps_of(512, arch) // tiles.warps)
     steps = max(1, -(-rows // (programs * tiles.block)))
     return NormShare((steps if compensated else min(steps, 32)) * tiles.block, compensated)
 
 
 def norm_dweight(arch: Arch) -> Tiles:
     """Partial sums at a time, and columns, of `gated_rms_norm_dweight_kernel`: few steps, in rows of 64 bytes."""
-    return Tiles(256, 0, 16, _warps(128, arch), 1)
+    return Tiles(256, 0, 16, warps_of(128, arch), 1)
