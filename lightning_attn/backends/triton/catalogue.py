@@ -101,37 +101,37 @@ def decoding(
     slots: bool = False,
 ) -> list[Launch]:
     """Of `lightning_attention_decode`."""
-    q, k, v, o = (_empty(B, T, H, dim, dtype=dtype) for _ in range(4))
-    rows = _empty(B, dtype=torch.int32) if slots else None
-    states = _empty(B, H, dim, dim, dtype=state)
-    return decode.launches(q, k, v, o, _empty(H), states, rows, 1.0, arch)
+    q, k, v, o = (empty(B, T, H, dim, dtype=dtype) for _ in range(4))
+    rows = empty(B, dtype=torch.int32) if slots else None
+    states = empty(B, H, dim, dim, dtype=state)
+    return decode.launches(q, k, v, o, empty(H), states, rows, 1.0, arch)
 
 
 def norm_forward(rows: int, D: int, dtype: torch.dtype, arch: Arch) -> list[Launch]:
     """Of `gated_rms_norm`."""
-    x, gate, y = (_empty(rows, D, dtype=dtype) for _ in range(3))
-    return gated_rms_norm.forward(x, gate, _empty(D, dtype=dtype), y, _empty(rows), 1e-6, arch)
+    x, gate, y = (empty(rows, D, dtype=dtype) for _ in range(3))
+    return gated_rms_norm.forward(x, gate, empty(D, dtype=dtype), y, empty(rows), 1e-6, arch)
 
 
 def norm_backward(rows: int, D: int, dtype: torch.dtype, arch: Arch) -> list[Launch]:
     """Of its gradients."""
-    dy, x, gate, dx, dgate = (_empty(rows, D, dtype=dtype) for _ in range(5))
-    weight, dweight = (_empty(D, dtype=dtype) for _ in range(2))
-    return gated_rms_norm.backward(dy, x, gate, weight, _empty(rows), dx, dgate, dweight, arch)
+    dy, x, gate, dx, dgate = (empty(rows, D, dtype=dtype) for _ in range(5))
+    weight, dweight = (empty(D, dtype=dtype) for _ in range(2))
+    return gated_rms_norm.backward(dy, x, gate, weight, empty(rows), dx, dgate, dweight, arch)
 
 
 def _call(shape: Shape, arch: Arch) -> attention.Call:
-    offsets = None if shape.documents is None else _empty(shape.documents + 1, dtype=torch.int32)
-    return attention.Call(_empty(shape.H), 1.0, offsets, (shape.B, shape.T, shape.H), arch)
+    offsets = None if shape.documents is None else empty(shape.documents + 1, dtype=torch.int32)
+    return attention.Call(empty(shape.H), 1.0, offsets, (shape.B, shape.T, shape.H), arch)
 
 
 def _operand(shape: Shape, dim: int, dtype: torch.dtype) -> Tensor:
-    return _empty(shape.B, shape.T, shape.H, dim, dtype=dtype)
+    return empty(shape.B, shape.T, shape.H, dim, dtype=dtype)
 
 
 def _state(shape: Shape, dim: int) -> Tensor:
-    return _empty(shape.sequences, shape.H, dim, dim)
+    return empty(shape.sequences, shape.H, dim, dim)
 
 
-def _empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(size, dtype=dtype, device="meta")

@@ -26,7 +26,7 @@ def grouped_gemm_kernel(
     offs,  # [E] int32
     y,  # [M, N], written
     programs, rows,
-    E: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr,
+    E: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, ALONG_K: tl.constexpr,
     BLOCK: tl.constexpr, HALVINGS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +39,7 @@ def grouped_gemm_kernel(
             if fits(left, BLOCK >> half, half, HALVINGS):
                 acc, _ = product(
                     x, x_tiles, order, w, w_tiles, None, None, e, row, left, n,
-                    E, N, K, TOP_K, BLOCK >> half, BLOCK_N, BLOCK_K, half == 0,
+                    E, N, K, TOP_K, ALONG_K, BLOCK >> half, BLOCK_N, BLOCK_K, half == 0,
                 )  # fmt: skip
                 acc = scaled(acc, scale, e, n, E, N, 1, 0, N)
                 i, column = tl.arange(0, BLOCK >> half), n + tl.arange(0, BLOCK_N)
@@ -100,7 +100,7 @@ def gemm(x: Rows, w: Expert, offs: Tensor, y: Tensor, arch: Arch) -> Launch:
     """y [M, N] from rows [M, K] and matrices [E, N, K]."""
     E, N, K = w.weight.shape
     M = y.shape[0]
-    how = moe_config.product(M, E, y.dtype, 1, arch)
+    how = moe_config.product(M, E, y.dtype, w.weight.dtype, 1, arch)
     tiles = how.tiles
     programs = programs_of(how, M, E, N)
     matrix, matrix_tiles = weight(w.weight, how)
@@ -119,7 +119,7 @@ def gemm(x: Rows, w: Expert, offs: Tensor, y: Tensor, arch: Arch) -> Launch:
             "programs": programs,
             "rows": M,
         },
-        {"E": E, "N": N, "K": K, "TOP_K": x.top_k, **group_constants(how, E)},
+        {"E": E, "N": N, "K": K, "TOP_K": x.top_k, **group_constants(how, E, matrix)},
         tiles,
         bytes=M * K * y.element_size() + y.nbytes + min(E, M) * N * K * w.weight.element_size(),
         flops=2 * M * N * K,

@@ -60,20 +60,24 @@ def _rows_tile(x, x_tiles, token, live, row, k, K: tl.constexpr, BLOCK_K: tl.con
 
 @triton.jit
 def _weight_tile(
-    w, w_tiles, e, n, k, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """[BLOCK_N, BLOCK_K] of matrix e, zero where it ends. Of columns K that are contiguous, or of rows N (w_tiles is
-    the transpose then).
+    w, w_tiles, e, n, k,
+    N: tl.constexpr, K: tl.constexpr, ALONG_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_N, BLOCK_K] of matrix e, zero where it ends. It is contiguous ALONG_K, or else along N: then a descriptor is of
+    its transpose.
     """
     if w_tiles is not None:
-        if w[3] == 1:
+        if ALONG_K:
             return w_tiles.load([e, n, k]).reshape(BLOCK_N, BLOCK_K)
         else:
             return tl.trans(w_tiles.load([e, k, n]).reshape(BLOCK_K, BLOCK_N))
     else:
-        row, column = (n + tl.arange(0, BLOCK_N)).to(tl.int64), (k + tl.arange(0, BLOCK_K)).to(tl.int64)
-        at = w[0] + e.to(tl.int64) * w[1] + row[:, None] * w[2] + column[None, :] * w[3]
-        return tl.load(at, mask=(row < N)[:, None] & (column < K)[None, :], other=0)
+        i, j = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+        corner = w[0] + e.to(tl.int64) * w[1] + tl.cast(n, tl.int64) * w[2] + tl.cast(k, tl.int64) * w[3]
+        at = corner + (
+            i[:, None] * w[2] + j[None, :] * w[3]
+        )  # within a tile 32 bits suffice: `operands.weight`
+        return tl.load(at, mask=(n + i < N)[:, None] & (k + j < K)[None, :], other=0)
 
 
 @triton.jit
@@ -81,7 +85,7 @@ def product(
     x, x_tiles, order,  # [., K] as (pointer, row stride), or by descriptor; the pairs whose tokens are its rows, or None
     w, w_tiles, other, other_tiles,  # [E, N, K] as (pointer, strides), or by descriptor; another such weight, or None
     e, row, left, n,
-    E: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr,
+    E: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, ALONG_K: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """x_r w_e^T for ROWS rows of group e from `row` on and columns from n on, [ROWS, BLOCK_N] float32, and with `other` the
@@ -105,10 +109,10 @@ def product(
     second = acc
     for k in range(0, tl.where(e < E, K, 0), BLOCK_K):
         a = _rows_tile(x, x_tiles, token, live, row, k, K, BLOCK_K, WHOLE)
-        b = _weight_tile(w, w_tiles, e, n, k, N, K, BLOCK_N, BLOCK_K)
+        b = _weight_tile(w, w_tiles, e, n, k, N, K, ALONG_K, BLOCK_N, BLOCK_K)
         acc = _add(acc, a, b, FEW, SWAP)
         if other is not None:
-            b = _weight_tile(other, other_tiles, e, n, k, N, K, BLOCK_N, BLOCK_K)
+            b = _weight_tile(other, other_tiles, e, n, k, N, K, ALONG_K, BLOCK_N, BLOCK_K)
             second = _add(second, a, b, FEW, SWAP)
     if FEW:
         return tl.sum(acc, 2), tl.sum(second, 2)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import Expert, Routing
-from . import expert_mlp, grouped_gemm, moe_config, moe_route, moe_rows
-from . import moe_sort as sort
+from . import counting_sort, expert_mlp, grouped_gemm, moe_config, moe_route, moe_rows
 from .config import Arch, device_arch
 from .launch import Launch, run_all
 from .operands import Rows
@@ -35,7 +34,9 @@ def moe_route_backward(
 def moe_sort(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     order, position = experts.new_empty(experts.numel()), experts.new_empty(experts.shape)
     offs = experts.new_empty(num_experts)
-    run_all(sort.launches(experts, order, position, offs, device_arch(experts.device)), experts.device)
+    run_all(
+        counting_sort.launches(experts, order, position, offs, device_arch(experts.device)), experts.device
+    )
     return order, position, offs
 
 
@@ -146,14 +147,12 @@ def mlp_backward(
     """Those of the gradients that are tensors."""
     order, position, offs = routing
     (E, D, F), (pairs, k) = down.shape, (weights.numel(), weights.shape[1])
-    wa, dh = x.new_empty(pairs, F), x.new_empty(pairs, 2 * F)
+    da, wa, dh = (x.new_empty(pairs, n) for n in (F, F, 2 * F))
     launches, dy_rows = _sorted(dy, E, 1, order, offs, k, pairs, arch)
-    main, partial = expert_mlp.down_backward(
-        dy_rows, down, h, weights, order, offs, wa, dh, interleaved, arch
-    )
-    launches.append(main)
-    if dweights is not None:
-        launches.append(moe_rows.dweights(partial, position, dweights, arch))
+    launches += [
+        grouped_gemm.gemm(dy_rows, Expert(down.mT), offs, da, arch),
+        expert_mlp.activation_backward(da, h, weights, position, wa, dh, dweights, interleaved, arch),
+    ]
     if ddown is not None:
         launches.append(grouped_gemm.weight_gradient(dy_rows, Rows(wa), offs, ddown, pairs, arch))
     if dgate_up is not None:
@@ -169,8 +168,10 @@ def mlp_backward(
 def _sorted(
     x: Tensor, E: int, accumulators: int, order: Tensor, offs: Tensor, k: int, pairs: int, arch: Arch
 ) -> tuple[list[Launch], Rows]:
-    """The rows of x in the order of the pairs: copied where tiles come by descriptor, else found as they are read."""
-    if not moe_config.product(pairs, E, x.dtype, accumulators, arch).descriptors:
+    """The rows of x in the order of the pairs: copied for large tiles, which lack the registers to find them and can come by
+    descriptor then; else found as they are read.
+    """
+    if moe_config.product(pairs, E, x.dtype, x.dtype, accumulators, arch).way != "large":
         return [], Rows(x, order, k)
     xs = x.new_empty(pairs, x.shape[1])
     return [moe_rows.gather(x, order, offs, xs, k, arch)], Rows(xs)

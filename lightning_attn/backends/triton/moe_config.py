@@ -7,7 +7,7 @@ most, and chooses one of three ways by that; within each the device takes the ti
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,7 +21,7 @@ from .config import Arch, Tiles, warps_of
 #   large   Accumulators of 128 x 256 (wgmma) or 128 x 128; what a group has beyond whole tiles goes into tiles of 16, 32 or 64
 #           rows, in which the weight is the operand with the rows of the matrix instruction.
 #   small   Memory-bound: a tile takes up to 64 rows of a group, so that each weight is read once, deep in flight.
-#   few     Up to 4 rows at a time, without matrix instructions: whatever has one row each reads the weights and little else.
+#   few     Two rows at a time, or one, without matrix instructions: 4 KiB of the weight in flight for each accumulator.
 
 _LARGE = {
     "wgmma": Tiles(128, 64, 256, 8, 3),
@@ -38,10 +38,10 @@ _SMALL = {
     "host": Tiles(64, 64, 128, 4, 1),
 }
 _FEW = {
-    "wgmma": Tiles(4, 256, 16, 4, 1),
-    "mma": Tiles(4, 256, 16, 4, 1),
-    "mfma": Tiles(4, 256, 16, 4, 1),
-    "float32": Tiles(4, 128, 16, 4, 1),
+    "wgmma": Tiles(2, 256, 16, 4, 1),
+    "mma": Tiles(2, 256, 16, 4, 1),
+    "mfma": Tiles(2, 256, 16, 4, 1),
+    "float32": Tiles(2, 128, 16, 4, 1),
     "host": Tiles(4, 64, 64, 4, 1),
 }
 # The gradient of a weight: `block` of its rows, `value` of its columns, `key` rows of a group at a time.
@@ -71,13 +71,18 @@ class Product:
 
 
 @functools.lru_cache(maxsize=1024)
-def product(rows: int, groups: int, dtype: torch.dtype, accumulators: int, arch: Arch) -> Product:
-    """Of `rows` rows in `groups` groups; `accumulators` is how many a program holds."""
+def product(
+    rows: int, groups: int, dtype: torch.dtype, weight: torch.dtype, accumulators: int, arch: Arch
+) -> Product:
+    """Of `rows` rows of `dtype` in `groups` groups; `accumulators` is how many a program holds."""
     way = "few" if rows <= FEW_ROWS else "small" if rows <= SMALL_ROWS * groups else "large"
     table = {"few": _FEW, "small": _SMALL, "large": _LARGE}[way]
     tiles = table[_kind(dtype, arch)]
-    if way != "few" and accumulators > 1:
-        tiles = Tiles(tiles.block, tiles.key, tiles.value // accumulators, tiles.warps, tiles.stages)
+    tiles = replace(tiles, value=tiles.value // accumulators)
+    if (
+        way == "small" and weight == torch.int8
+    ):  # which is converted in registers: half as much of it at a time
+        tiles = replace(tiles, key=max(tiles.key // 2, 16))
     # A large tile has a multiprocessor to itself. The others are many, small, and all the programs that there can be.
     programs = arch.processors if way == "large" and arch.matrix != "host" else 1 << 30
     return Product(way, tiles, way == "large" and has_descriptors(dtype, arch), programs)
@@ -126,7 +131,3 @@ def rows(D: int, arch: Arch) -> Tiles:
     """Rows and columns of kernels that move rows: 4 KiB of 16-bit numbers, in strips of at most 2048."""
     columns = min(2048, max(16, 1 << (D - 1).bit_length()))
     return Tiles(max(1, 2048 // columns), 0, columns, warps_of(128, arch), 1)
-
-
-def pairs(arch: Arch) -> Tiles:
-    return Tiles(128, 0, 0, warps_of(128, arch), 1)

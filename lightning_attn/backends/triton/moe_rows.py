@@ -73,27 +73,6 @@ def moe_gather_sum_kernel(
     tl.store(at, total.to(y.dtype.element_ty), mask=(t < tokens)[:, None] & (column < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["programs", "pairs", "parts"])
-def moe_dweights_kernel(
-    partial,  # [parts, pairs] float32
-    position,  # [pairs] int32
-    dweights,  # [pairs] float32, written
-    programs, pairs, parts,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    index = program_index()
-    if index >= programs:
-        return
-    p = index * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(position + p, mask=p < pairs, other=-1).to(tl.int64)
-    total = tl.zeros([BLOCK], tl.float32)
-    at = partial + row
-    for _ in range(parts):
-        total += tl.load(at, mask=row >= 0, other=0.0)
-        at += pairs
-    tl.store(dweights + p, total, mask=p < pairs)
-
-
 def gather(x: Tensor, order: Tensor, offs: Tensor, xs: Tensor, top_k: int, arch: Arch) -> Launch:
     pairs, D = xs.shape
     tiles = moe_config.rows(D, arch)
@@ -136,26 +115,4 @@ def gather_sum(z: Tensor, position: Tensor, weights: Tensor | None, y: Tensor, a
         tiles,
         bytes=z.nbytes + y.nbytes + position.nbytes + (0 if weights is None else weights.nbytes),
         flops=2 * z.numel(),
-    )
-
-
-def dweights(partial: Tensor, position: Tensor, dweights: Tensor, arch: Arch) -> Launch:
-    parts, pairs = partial.shape
-    tiles = moe_config.pairs(arch)
-    programs = -(-pairs // tiles.block)
-    return Launch(
-        moe_dweights_kernel,
-        programs,
-        {
-            "partial": partial,
-            "position": position,
-            "dweights": dweights,
-            "programs": programs,
-            "pairs": pairs,
-            "parts": parts,
-        },
-        {"BLOCK": tiles.block},
-        tiles,
-        bytes=partial.nbytes + position.nbytes + dweights.nbytes,
-        flops=partial.numel(),
     )

@@ -12,6 +12,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import moe_config
 from .moe_config import Product
 
+Strided = tuple[Tensor, int, int, int]  # a weight, and its strides
+
+FARTHEST = 2**23  # elements between rows: kernels count in 32 bits within a tile of up to 256
 LEAST_ROWS = 16  # that a matrix instruction takes
 
 
@@ -34,10 +37,12 @@ def row_tiles(x: Rows, how: Product) -> TensorDescriptor | None:
     return TensorDescriptor.from_tensor(x.x, [how.tiles.block, how.tiles.key])
 
 
-def weight(w: Tensor, how: Product) -> tuple[tuple[Tensor, int, int, int], TensorDescriptor | None]:
+def weight(w: Tensor, how: Product) -> tuple[Strided, TensorDescriptor | None]:
     """w [E, N, K] by pointer and strides, of which that of N or K is 1; and by descriptor, of its transpose if it is that
     of N.
     """
+    if max(w.stride()[1:]) >= FARTHEST:
+        w = w.contiguous()
     group, row, column = w.stride()
     if 1 not in (row, column):  # one of them has a single element, whose stride is no matter
         row, column = (row, 1) if w.shape[2] == 1 else (1, column)
@@ -65,11 +70,12 @@ def programs_of(how: Product, M: int, E: int, N: int) -> int:
     return min(row_tiles * -(-N // tiles.value), how.programs)
 
 
-def group_constants(how: Product, E: int) -> dict[str, int]:
-    """The constants of a kernel that goes through the tiles of groups."""
+def group_constants(how: Product, E: int, w: Strided) -> dict[str, int]:
+    """The constants of a kernel that goes through the tiles of groups, with weight `w` (of several any)."""
     tiles = how.tiles
     least = 1 if tiles.block < LEAST_ROWS else LEAST_ROWS
     return {
+        "ALONG_K": w[3] == 1,
         "BLOCK": tiles.block,
         "HALVINGS": (tiles.block // least).bit_length(),
         "BLOCK_N": tiles.value,
