@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from lightning_attn.backends.triton import moe_catalogue
 from lightning_attn.backends.triton.config import ARCHS, KIB
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -14,6 +15,12 @@ MAIN_ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 CONSUMER_ARCHS = ("sm_86", "sm_89", "sm_120")
 CONSUMER_DIMS = (128, 256)
 CONSUMER_DTYPES = ("bfloat16", "float32")
+
+# The mixture of experts, in the place of a head dim: at one shape, that of MiniMax-Text-01.
+EXPERTS = moe_catalogue.HIDDEN
+EXPERT_DTYPES = {"sm_80": ("bfloat16", "float16"), "sm_90": DTYPES}  # of others bfloat16
+
+LARGE = 128  # rows of the tiles that come by descriptor
 
 SHARED_LIMITS = {name: arch.shared for name, arch in ARCHS.items()}
 
@@ -36,6 +43,7 @@ class Row:
     shared: int = 0  # bytes of a program
     matrix_products: dict[str, int] | None = None  # instructions, by kind
     async_copies: int = 0  # instructions
+    descriptor_copies: int = 0  # of these, those of tiles by descriptor (TMA)
     error: str | None = None
 
     def __str__(self) -> str:
@@ -44,7 +52,9 @@ class Row:
 
 
 def may_not_spill(arch: str, dim: int, dtype: str) -> bool:
-    """At the head dims of models, in the dtypes that they run in."""
+    """At the head dims of models, in the dtypes that they run in; of the experts in that of MiniMax-Text-01."""
+    if dim == EXPERTS:
+        return arch in ("sm_80", "sm_90") and dtype == "bfloat16"
     return arch in ("sm_80", "sm_90") and dim in (64, 128) and dtype != "float32"
 
 
@@ -66,23 +76,31 @@ def fits_in_shared_memory(row: Row) -> str | None:
 
 
 def uses_tensor_cores(row: Row) -> str | None:
-    if _is_hopper_attention(row) and not (row.matrix_products or {}).get("wgmma"):
+    if _multiplies_on_hopper(row) and not (row.matrix_products or {}).get("wgmma"):
         return "has no wgmma"
     return None
 
 
 def copies_asynchronously(row: Row) -> str | None:
-    if _is_hopper_attention(row) and not row.async_copies:
+    if _multiplies_on_hopper(row) and not row.async_copies:
         return "has no asynchronous copy: nothing is pipelined"
     return None
 
 
-def _is_hopper_attention(row: Row) -> bool:
-    """float32 is left out: tensor cores have no such product."""
+def copies_by_descriptor(row: Row) -> str | None:
+    of_groups = row.kernel in ("expert_up", "grouped_gemm") and row.tiles[0] == LARGE
+    if row.arch in ("sm_90", "sm_100") and of_groups and row.dtype != "float32" and row.error is None:
+        return None if row.descriptor_copies else "has no copy by descriptor"
+    return None
+
+
+def _multiplies_on_hopper(row: Row) -> bool:
+    """float32 is left out: tensor cores have no such product. So are products of few rows, which are no work for them."""
+    of_groups = row.kernel in ("expert_up", "grouped_gemm", "weight_gradient") and row.tiles[0] >= 16
     return (
         row.arch == "sm_90"
         and row.dtype != "float32"
-        and row.kernel.startswith("chunk")
+        and (row.kernel.startswith("chunk") or of_groups)
         and row.error is None
     )
 
@@ -95,6 +113,7 @@ RULES: dict[str, Callable[[Row], str | None]] = {
         fits_in_shared_memory,
         uses_tensor_cores,
         copies_asynchronously,
+        copies_by_descriptor,
     )
 }
 

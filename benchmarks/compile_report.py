@@ -38,6 +38,7 @@ from rich.table import Table
 from benchmarks import compile_gate as gate
 from benchmarks.compile_gate import Row
 from benchmarks.traffic import Traffic, traffic
+from lightning_attn.backends.triton import moe_catalogue
 from lightning_attn.backends.triton.catalogue import Entry, catalogue
 from lightning_attn.backends.triton.compiled import compile_launch, specialisation
 from lightning_attn.backends.triton.config import ARCHS, KIB
@@ -52,7 +53,10 @@ class Configuration:
 
     @functools.lru_cache(maxsize=8)  # noqa: B019  (a value, of which there are few)
     def entries(self) -> list[Entry]:
-        return list(catalogue(self.dim, getattr(torch, self.dtype), ARCHS[self.arch]))
+        dtype, arch = getattr(torch, self.dtype), ARCHS[self.arch]
+        if self.dim == gate.EXPERTS:
+            return list(moe_catalogue.catalogue(dtype, arch))
+        return list(catalogue(self.dim, dtype, arch))
 
 
 def configurations(
@@ -61,9 +65,14 @@ def configurations(
     """The ones of the gate, of all or of those archs, dims and dtypes; an arch that is named is taken in full."""
     for arch in archs or gate.MAIN_ARCHS + gate.CONSUMER_ARCHS:
         partial = arch in gate.CONSUMER_ARCHS and not archs
-        for dim in dims or (gate.CONSUMER_DIMS if partial else gate.DIMS):
+        for dim in [dim for dim in dims if dim != gate.EXPERTS] or (
+            () if dims else gate.CONSUMER_DIMS if partial else gate.DIMS
+        ):
             for dtype in dtypes or (gate.CONSUMER_DTYPES if partial else gate.DTYPES):
                 yield Configuration(arch, dim, dtype)
+        if not dims or gate.EXPERTS in dims:
+            for dtype in dtypes or gate.EXPERT_DTYPES.get(arch, ("bfloat16",)):
+                yield Configuration(arch, gate.EXPERTS, dtype)
 
 
 def chosen(configuration: Configuration, all_variants: bool) -> list[int]:
@@ -118,6 +127,7 @@ def compile_entry(configuration: Configuration, number: int) -> dict[str, Any]:
         "shared": made.shared,
         "matrix_products": made.matrix_products,
         "async_copies": made.async_copies,
+        "descriptor_copies": made.descriptor_copies,
     }
 
 
@@ -142,7 +152,7 @@ def compiled_tables(rows: list[Row]) -> Iterator[Table]:
     """One for each arch and head dim."""
     for (arch, dim), group in itertools.groupby(rows, lambda row: (row.arch, row.dim)):
         table = report.table(
-            f"{arch}, d = {dim}: what each kernel takes, and its instructions that multiply tiles or copy asynchronously",
+            f"{arch}, {'experts' if dim == gate.EXPERTS else 'd'} = {dim}: what each kernel takes, and its instructions that multiply tiles or copy asynchronously",
             "kernel", "as in", "dtype", "tiles",
             right=("registers", "spills B", "shared KB", "products", "copies"),
         )  # fmt: skip
@@ -198,11 +208,25 @@ def document(rows: list[Row], counts: list[Traffic]) -> str:
     return "{" + ",\n".join(parts) + "}\n"
 
 
+def _known_dims(dims: tuple[int, ...]) -> tuple[int, ...]:
+    for dim in dims:
+        if 256 < dim != gate.EXPERTS:
+            raise click.BadParameter(f"expected a head dim up to 256 or {gate.EXPERTS}, got {dim}")
+    return dims
+
+
 @click.command()
 @click.option(
     "--arch", "archs", multiple=True, type=click.Choice(list(ARCHS)), help="In place of all; repeatable."
 )
-@click.option("--dim", "dims", multiple=True, type=click.IntRange(1, 256), help="Head dim; repeatable.")
+@click.option(
+    "--dim",
+    "dims",
+    multiple=True,
+    type=click.IntRange(1, gate.EXPERTS),
+    callback=lambda context, option, dims: _known_dims(dims),
+    help=f"Head dim, or {gate.EXPERTS}: the mixture of experts at the shape of MiniMax-Text-01; repeatable.",
+)
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(gate.DTYPES), help="Repeatable.")
 @click.option("--all-variants", is_flag=True, help="Every way to call each kernel, also where it may spill.")
 @click.option(

@@ -30,6 +30,7 @@ MATRIX_PRODUCTS = {
     "mfma": r"v_mfma_",
 }
 # Copies to shared memory that nothing waits for: cp.async in PTX without its fences, loads straight to LDS in AMDGCN.
+DESCRIPTOR_COPY = r"cp\.async\.bulk\.tensor\b"
 ASYNC_COPY = r"cp\.async\.(?:ca|cg|bulk)\b(?!\.(?:commit|wait))|(?:buffer|global)_load_\w+[^\n]*\blds\b"
 
 
@@ -53,6 +54,10 @@ class Compiled:
     @property
     def async_copies(self) -> int:
         return len(re.findall(ASYNC_COPY, self.assembly))
+
+    @property
+    def descriptor_copies(self) -> int:
+        return len(re.findall(DESCRIPTOR_COPY, self.assembly))
 
 
 def target(arch: Arch) -> GPUTarget:

@@ -153,7 +153,7 @@ def activation_backward(
 ) -> Launch:
     """wa [M, F], dh [M, 2F] and the gradient of the router's weights from da [M, F] and h [M, 2F]."""
     pairs, F = da.shape
-    tiles = moe_config.rows(F, arch)
+    tiles = moe_config.activation(F, arch)
     return Launch(
         expert_activation_backward_kernel,
         pairs,

@@ -14,7 +14,7 @@ from .launch import Launch
 from .operands import Rows
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 6144, 9216, 32, 2  # of MiniMax-Text-01
-TOKENS = {"T=1": 1, "T=32": 32, "T=8192": 8192}  # one of each way of `moe_config.product`
+TOKENS = {"T=8192": 8192, "T=32": 32, "T=1": 1}  # one of each way of `moe_config.product`
 
 
 def catalogue(dtype: torch.dtype, arch: Arch) -> Iterator[Entry]:

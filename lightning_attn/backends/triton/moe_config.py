@@ -131,3 +131,9 @@ def rows(D: int, arch: Arch) -> Tiles:
     """Rows and columns of kernels that move rows: 4 KiB of 16-bit numbers, in strips of at most 2048."""
     columns = min(2048, max(16, 1 << (D - 1).bit_length()))
     return Tiles(max(1, 2048 // columns), 0, columns, warps_of(128, arch), 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def activation(F: int, arch: Arch) -> Tiles:
+    """Columns at a time of the backward through the activation, which has six operands."""
+    return Tiles(1, 0, min(1024, max(16, 1 << (F - 1).bit_length())), warps_of(128, arch), 1)
