@@ -22,32 +22,47 @@ RESULT = BENCHMARKS / "results" / "cpu.json"
 GPU_RESULT = BENCHMARKS / "results" / "gpu.json"
 
 OURS = "lightning_attn"
-# The shapes that the README shows, of all those in the file; the passes and dtypes are the file's.
-SHOWN: dict[str, dict[str, int | str]] = {
+Shape = dict[str, int | str]
+# The shapes that the README shows, of all those in the file, by the name that it gives them: an op, or an op and more. The
+# passes and dtypes are the file's.
+ATTENTION: dict[str, Shape] = {
     "attention": {"B": 1, "T": 8192, "H": 8, "K": 128, "V": 128},
     "decode": {"B": 16, "T": 1, "H": 64, "K": 128, "V": 128, "state": "float32"},
     "gated_rms_norm": {"rows": 2048, "D": 8192},
     "module": {"B": 1, "T": 2048, "hidden": 1024, "H": 8, "D": 128},
 }
+BLOCK: Shape = {"D": 1024, "F": 1536, "E": 16, "k": 2}
+EXPERTS: dict[str, Shape] = {
+    "moe": {"T": 2048, **BLOCK},
+    "moe, 4 tokens": {"T": 4, **BLOCK},
+    "moe_mlp, 4 tokens": {"T": 4, **BLOCK, "experts": "int8"},
+    "grouped_gemm": {"M": 4096, "E": 16, "N": 3072, "K": 1024},
+    "route": {"T": 8192, "E": 32, "k": 2},
+}
 Row = dict[str, Any]
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: the machine and its limits, then a line for each op, pass and dtype."""
-    rows = [row for row in result["rows"] if row["shape"] == SHOWN.get(row["op"])]
+    """Markdown: the machine and its limits, then a line for each op, pass and dtype; those of the mixture of experts, which
+    has other peers, in a table of their own.
+    """
+    return "\n\n".join(
+        [_machine(result), *filter(None, (_table(result, shown) for shown in (ATTENTION, EXPERTS)))]
+    )
+
+
+def _table(result: dict[str, Any], shown: dict[str, Shape]) -> str:
+    """Empty if there are no such rows."""
+    named = [(name, row) for row in result["rows"] if (name := _name(row, shown))]
+    rows = [row for _, row in named]
     peers = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != OURS))
-    lines = [
-        _machine(result),
-        "",
-        " | ".join(["| op", "pass", "dtype", "time", "of the limit", *(f"against {peer}" for peer in peers)])
-        + " |",
-        "|---" * 3 + "|--:" * (2 + len(peers)) + "|",
-    ]
-    for row in rows:
+    head = ["| op", "pass", "dtype", "time", "of the limit", *(f"against {peer}" for peer in peers)]
+    lines = [" | ".join(head) + " |", "|---" * 3 + "|--:" * (2 + len(peers)) + "|"]
+    for name, row in named:
         if row["provider"] == OURS:
             theirs = (_of_peer(rows, row, peer) for peer in peers)
             cells = [
-                row["op"],
+                name,
                 row["pass"],
                 row["dtype"],
                 _time(row),
@@ -55,7 +70,13 @@ def table(result: dict[str, Any]) -> str:
                 *(_ratio(row, x) for x in theirs),
             ]
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_shapes({row["op"] for row in rows})])
+    names = {name for name, _ in named}
+    return "\n".join([*lines, "", *_shapes(names, shown)]) if named else ""
+
+
+def _name(row: Row, shown: dict[str, Shape]) -> str | None:
+    """The name of a row's shape; None if it is not shown."""
+    return next((n for n, s in shown.items() if n.partition(",")[0] == row["op"] and s == row["shape"]), None)
 
 
 def _machine(result: dict[str, Any]) -> str:
@@ -68,9 +89,11 @@ def _machine(result: dict[str, Any]) -> str:
     )
 
 
-def _shapes(ops: set[str]) -> list[str]:
+def _shapes(names: set[str], shown: dict[str, Shape]) -> list[str]:
     shapes = (
-        f"{op} {', '.join(f'{k}={v}' for k, v in shape.items())}" for op, shape in SHOWN.items() if op in ops
+        f"{name.partition(',')[0]} {', '.join(f'{k}={v}' for k, v in shape.items())}"
+        for name, shape in shown.items()
+        if name in names
     )
     return [f"Shapes: {'; '.join(shapes)}."]
 

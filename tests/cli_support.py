@@ -17,6 +17,8 @@ from lightning_attn import backends
 from lightning_attn.cli import main
 from lightning_attn.cli.case import Case
 from lightning_attn.cli.cases import Attention, Decode, GatedRMSNorm, Layer
+from lightning_attn.cli.moe_blocks import MoeBlock, MoeMlp
+from lightning_attn.cli.moe_cases import GroupedGemm, Route
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -25,6 +27,7 @@ bench_module = importlib.import_module("lightning_attn.cli.bench")
 check_module = importlib.import_module("lightning_attn.cli.check")
 cases_module = importlib.import_module("lightning_attn.cli.cases")
 machine_module = importlib.import_module("lightning_attn.cli.machine")
+moe_peers_module = importlib.import_module("lightning_attn.cli.moe_peers")
 peers_module = importlib.import_module("lightning_attn.cli.peers")
 softmax_module = importlib.import_module("lightning_attn.cli.softmax")
 
@@ -37,7 +40,13 @@ SMALL: list[Case] = [
     Decode(BF16, B=3, H=2, K=16, V=16, state=BF16, slots=True),
     GatedRMSNorm(F32, rows=6, D=33),
     Layer(F32, T=40, hidden=24, H=2, D=16),
+    Route(F32, T=40, E=8, k=2),
+    GroupedGemm(F32, M=40, E=4, N=24, K=16, spread="idle"),
+    MoeMlp(F32, T=40, D=32, F=16, E=4, k=2, layout="interleaved"),
+    MoeMlp(BF16, T=4, D=32, F=16, E=4, k=2, int8=True),
+    MoeBlock(F32, T=40, D=32, F=16, E=4, k=2),
 ]
+MOE = ("route", "grouped_gemm", "moe_mlp", "moe")
 
 
 def run(*arguments: str) -> Result:

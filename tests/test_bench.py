@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from cli_support import BF16, F32, SMALL, after, bench_module, measured, needs_cpu, off, run, spoil
+from cli_support import BF16, F32, MOE, SMALL, after, bench_module, measured, needs_cpu, off, run, spoil
 from support import ON_CPU
 from torch import Tensor
 
 from lightning_attn import backends
 from lightning_attn.cli.case import Case
 from lightning_attn.cli.cases import Attention, Decode, GatedRMSNorm, Layer
+from lightning_attn.cli.moe_blocks import MoeBlock, MoeMlp
 
 ROW = {
     "op": str,
@@ -87,7 +88,7 @@ def test_bench_of_some_ops(small: None, tmp_path: Path) -> None:
 
 
 def test_bench_compare(small: None, tmp_path: Path) -> None:
-    """--compare adds eager PyTorch to every case, and transformers' layer to the module."""
+    """--compare adds eager PyTorch to every case, transformers' layers to the modules, and grouped_mm where there is one."""
     pytest.importorskip("transformers")
     path = tmp_path / "bench.json"
     result = run("bench", "--compare", "--json", str(path))
@@ -100,7 +101,11 @@ def test_bench_compare(small: None, tmp_path: Path) -> None:
             same = [
                 row for row in rows if (row["op"], row["pass"], row["shape"]) == (case.op, pass_, case.shape)
             ]
-            expected = ["lightning_attn", "eager-256"] + ["transformers"] * (case.op == "module")
+            plain = {"route": "softmax-topk"}.get(case.op, "per-expert" if case.op in MOE else "eager-256")
+            expected = ["lightning_attn", plain]
+            expected += ["grouped_mm"] * (case.op in MOE[1:] and "experts" not in case.shape)
+            expected += ["transformers"] * (case.op in ("module", "moe"))
+            expected += ["transformers-eager"] * (case.op == "moe")
             assert [row["provider"] for row in same] == expected
             assert all(row["ok"] and row["limit_ms"] == same[0]["limit_ms"] for row in same)
             assert [row["backend"] for row in same][1:] == ["torch"] * (len(same) - 1)
@@ -187,9 +192,13 @@ def test_shapes_of_the_presets() -> None:
     for dtype in (F32, BF16):
         assert Attention(dtype, T=8192, H=8, K=128, V=128) in quick
         assert Decode(dtype, B=16, H=64, K=128, V=128, state=F32) in quick
+        block = {"D": 1024, "F": 1536, "E": 16, "k": 2}
+        assert MoeBlock(dtype, T=2048, **block, passes=("forward", "forward+backward")) in quick
+        assert MoeBlock(dtype, T=4, **block, passes=("forward",)) in quick
+    assert MoeMlp(BF16, T=4, **block, int8=True) in quick
     for preset in PRESETS:
         everything = {case.op for case in bench_cases(preset, module=True)}
-        assert everything == {"attention", "decode", "gated_rms_norm", "module"}
+        assert everything == {"attention", "decode", "gated_rms_norm", "module", *MOE}
         in_half = bench_cases(preset, (torch.float16,), module=True)
         assert {case.dtype for case in in_half} == {torch.float16}
 

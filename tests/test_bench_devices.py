@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_support import F32, SMALL, bench_module, machine_module, measured, needs_cpu, run
+from cli_support import F32, MOE, SMALL, bench_module, machine_module, measured, needs_cpu, run
 from support import ON_CPU
 
 from lightning_attn import backends, decay, ops
@@ -36,6 +36,7 @@ def test_auto_names_the_backend_of_each_op(small: None, monkeypatch: pytest.Monk
         ("decode", "reference"),
         ("gated_rms_norm", "reference+cpu"),
         ("module", "cpu+reference"),
+        *((op, "cpu") for op in MOE),
     }
     assert re.search(r"backend cpu \(\w+\), reference", said)
 

@@ -18,8 +18,9 @@ from benchmarks.gpu.cases import of_step
 from benchmarks.gpu.readme import UNMEASURED, section
 from benchmarks.gpu.record import LEFT_OUT, OK
 from benchmarks.gpu.steps import MEASURED, STEPS
-from benchmarks.gpu.targets import FLOOR, PEER, TARGETS, judged
+from benchmarks.gpu.targets import FLOOR, PEER, TARGETS, TFLOPS, judged
 
+YARDSTICKS = {"eager-256", "per-expert", "softmax-topk"}
 NAMES = [step.name for step in STEPS]
 
 
@@ -95,7 +96,7 @@ def test_the_json_is_complete(document: dict[str, Any]) -> None:
         rows = [row for row in results[step]["rows"] if row["provider"] == "lightning_attn"]
         assert {(r["op"], r["pass"], tuple(sorted(r["shape"].items()))) for r in rows} == expected, step
         assert all(row["ok"] and row["median_ms"] > 0 for row in rows)
-        assert "eager-256" in {row["provider"] for row in results[step]["rows"]}
+        assert YARDSTICKS & {row["provider"] for row in results[step]["rows"]}
         assert not results[step]["unfinished"] and not results[step]["cut"]
     assert {row["backend"] for row in results["smoke"]["rows"]} >= {"triton"}
     assert results["tests"]["totals"]["passed"] > 0 and not results["tests"]["failures"]
@@ -116,8 +117,10 @@ def test_the_plots_and_the_readme_can_be_made_of_it(document: dict[str, Any], tm
     text = section(_as_measured(document), ["a/gpu-speed.png"])
     listed = sum(len(m.case.passes) for step in MEASURED for m in of_step(step, dry_run=True) if m.listed)
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == listed + len(TARGETS) + 4  # two heads, each with its rule
-    assert all(line.count(" ms |") + line.count(" us |") == 1 for line in lines[2 : 2 + listed])
+    assert len(lines) == listed + len(TARGETS) + 6  # three heads, each with its rule
+    measured = lines[: -len(TARGETS) - 2]
+    assert sum(line.count(" ms |") + line.count(" us |") == 1 for line in measured) == listed
+    assert "TFLOP/s | of the floor" in text
     assert "![Tokens a second against T](a/gpu-speed.png)" in text
     assert section(None, []) == UNMEASURED
 
@@ -190,3 +193,44 @@ def test_targets() -> None:
     assert all(t["verdict"] == "not measured" and t["measured"] is None for t in others)
     assert all(t["verdict"] == "not measured" for t in judged(document | {"dry": True}))
     assert all(t["verdict"] == "not measured" for t in judged({"dry": False}))
+
+
+def test_targets_of_the_experts() -> None:
+    """The rate of the products, the bandwidth of the matrices that are read, and PyTorch's grouped product, not the loop."""
+    experts = [t for t in TARGETS if t.step in ("experts", "expert_decode")]
+    assert {(t.metric, t.value) for t in experts} == {
+        (TFLOPS, 600),
+        (TFLOPS, 500),
+        (PEER, 1.05),
+        (FLOOR, 0.75),
+    }
+    results: dict[str, Any] = {"experts": {"rows": []}, "expert_decode": {"rows": []}}
+    for target in experts:
+        row = {"op": target.op, "pass": target.pass_, "dtype": "bfloat16", "shape": target.shape, "ok": True}
+        row |= {"bytes": 2 * 10**9, "flops": 55 * 10**10, "asked": "auto", "backend": "triton"}
+        results[target.step]["rows"] += [
+            row | {"provider": "lightning_attn", "median_ms": 1.0},
+            row | {"provider": "grouped_mm", "median_ms": 1.04},
+            row | {"provider": "per-expert", "median_ms": 0.5},
+        ]
+    document = {"dry": False, "copy_bytes_per_s": 2.0e12, "results": results}
+    found = {t["case"]: t for t in judged(document)}
+    for target in experts:
+        measured, verdict = {
+            (TFLOPS, 600): (550, "missed"),
+            (TFLOPS, 500): (550, "met"),
+            (PEER, 1.05): (1.04, "missed"),
+            (FLOOR, 0.75): (1.0, "met"),
+        }[target.metric, target.value]
+        assert found[target.case]["measured"] == pytest.approx(measured)
+        assert found[target.case]["verdict"] == verdict
+
+
+def test_bytes_of_a_decode_step_are_those_of_its_experts() -> None:
+    """Of the experts that have tokens, once each."""
+    for measured in of_step("expert_decode", dry_run=False):
+        case = measured.case
+        bytes_ = 1 if case.int8 else 2
+        few = 0.01 * case.bytes("graph")
+        assert case.used <= min(32, 2 * case.T)
+        assert case.bytes("graph") == pytest.approx(case.used * 3 * 6144 * 9216 * bytes_, abs=few)

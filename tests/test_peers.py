@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_support import BF16, F32, SMALL, measured, off, peers_module, softmax_module
+from cli_support import BF16, F32, SMALL, measured, moe_peers_module, off, peers_module, softmax_module
 from torch import Tensor
 
 from lightning_attn.backends.reference import recurrence
@@ -260,6 +260,9 @@ def test_plot_of_every_provider(tmp_path: Path) -> None:
     known = {
         getattr(peers_module, name)
         for name in ("OURS", "EAGER", "TRANSFORMERS", "FLA", "FLA_LIGHTNING", "SDPA")
+    } | {
+        getattr(moe_peers_module, name)
+        for name in ("PER_EXPERT", "SOFTMAX_TOPK", "GROUPED_MM", "TRANSFORMERS_EAGER", "LIGER")
     }
     assert set(COLOURS) == known and len(set(COLOURS.values())) == len(known)
     limits = Limits({F32: 1e12}, 1e11)

@@ -1,4 +1,6 @@
-"""What each step of measurements times: bfloat16 at head dim 128, on shapes that fill a GPU and on those that do not."""
+"""What each step of measurements times: bfloat16, attention at head dim 128 on shapes that fill a GPU and on those that do
+not, the mixture of experts at the size of MiniMax-01.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,11 @@ import torch
 
 from lightning_attn.cli.case import BACKWARD, FORWARD, GRAPH, TRAIN, Case
 from lightning_attn.cli.cases import Attention, Decode, GatedRMSNorm, Layer
+from lightning_attn.cli.moe_blocks import MoeMlp
+from lightning_attn.cli.moe_cases import GroupedGemm, Route
 
 from . import dry
-from .targets import DECODE, FULL, LONG, Shape
+from .targets import DECODE, EXPERTS, FULL, GEMM, LONG, PREFILL, ROUTE, TRAINING, Shape
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -66,8 +70,23 @@ def layer() -> Iterator[Measured]:
     yield Measured(Layer(BF16, T=4096, hidden=6144, H=64, D=128, passes=(FORWARD, TRAIN)))
 
 
+def experts() -> Iterator[Measured]:
+    yield Measured(moe(PREFILL, FORWARD))
+    yield Measured(GroupedGemm(BF16, passes=(FORWARD,), **_sizes(GEMM)))
+    yield Measured(moe(TRAINING, TRAIN))
+    yield Measured(Route(BF16, passes=(FORWARD,), **_sizes(ROUTE)), every_backend=True)
+
+
+def expert_decode() -> Iterator[Measured]:
+    """In a graph, as decoding is served: at one token a launch takes longer than its kernel."""
+    for tokens in (1, 8, 32, 128):
+        yield Measured(moe(EXPERTS | {"T": tokens}, GRAPH, FORWARD))
+    for tokens in (1, 8, 32):
+        yield Measured(moe(EXPERTS | {"T": tokens}, GRAPH, int8=True))
+
+
 STEPS: dict[str, Callable[[], Iterator[Measured]]] = {
-    step.__name__: step for step in (forward, backward, decode, norm, layer)
+    step.__name__: step for step in (forward, backward, decode, experts, expert_decode, norm, layer)
 }
 
 
@@ -88,6 +107,14 @@ def decoding(shape: Shape, *passes: str) -> Decode:
     return Decode(BF16, passes=passes, **shape | {"state": getattr(torch, str(shape["state"]))})
 
 
+def moe(shape: Shape, *passes: str, **options: Any) -> MoeMlp:
+    return MoeMlp(BF16, passes=passes, **_sizes(shape), **options)
+
+
+def _sizes(shape: Shape) -> dict[str, Any]:
+    return dict(shape)
+
+
 def _tiny(case: Case) -> Case:
     """The same kind of case at a size for the interpreter."""
     dtype, passes, H, d = dry.DTYPE, case.passes, 2, 16
@@ -101,4 +128,11 @@ def _tiny(case: Case) -> Case:
         return Decode(dtype, B=min(case.B, 2), T=case.T, H=H, K=d, V=d, state=case.state, passes=passes)
     if isinstance(case, GatedRMSNorm):
         return GatedRMSNorm(dtype, rows=6, D=33, passes=passes)
+    if isinstance(case, MoeMlp):
+        tokens = min(case.T, 2) if GRAPH in passes else 33
+        return MoeMlp(dtype, T=tokens, D=32, F=16, E=4, k=2, int8=case.int8, passes=passes)
+    if isinstance(case, GroupedGemm):
+        return GroupedGemm(dtype, M=40, E=4, N=32, K=16, passes=passes)
+    if isinstance(case, Route):
+        return Route(dtype, T=40, E=8, k=2, passes=passes)
     return Layer(dtype, T=40, hidden=24, H=H, D=d, passes=passes)

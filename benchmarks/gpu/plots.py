@@ -1,4 +1,5 @@
-"""Plots of a run: speed and fraction of the floor against the number of tokens, decode time against the batch.
+"""Plots of a run: speed and fraction of the floor against the number of tokens, decode time against the batch, that of the
+experts against the tokens.
 
 python -m benchmarks.gpu.plots DIR/gpu.json --out benchmarks/results
 """
@@ -77,16 +78,22 @@ def save_plots(document: dict[str, Any], directory: Path) -> Iterator[Path]:
             axes.set_title(f"{pass_}, {_rest(rows[0], 'T')}", loc="left", size=9)
         yield _save(figure, directory / NAMES[1])
     if decode:
-        figure, (axes,) = _figure(document, 1)
-        _draw(axes, lines(decode, "B", lambda row: 1e3 * row["median_ms"]))
-        if bandwidth := document.get("copy_bytes_per_s"):
-            floor = sorted({(row["shape"]["B"], 1e6 * row["bytes"] / bandwidth) for row in decode})
-            axes.plot(
-                *zip(*floor, strict=True), color="black", linewidth=1, linestyle="--", label=FLOOR_LABEL
-            )
-        axes.set(yscale="log", xlabel="sequences", ylabel="microseconds of a step")
-        axes.set_title(f"decode, {_rest(decode[0], 'B')}", loc="left", size=9)
-        yield _save(figure, directory / NAMES[2])
+        yield _save(_times(document, decode, "B", "sequences"), directory / NAMES[2])
+    experts = sweep([r for r in rows_of(document, "expert_decode") if r["pass"] == "graph"], "T")
+    if experts:
+        yield _save(_times(document, experts, "T", "tokens"), directory / NAMES[3])
+
+
+def _times(document: dict[str, Any], rows: list[Row], along: str, label: str) -> Figure:
+    """Of a step, beside the floor."""
+    figure, (axes,) = _figure(document, 1)
+    _draw(axes, lines(rows, along, lambda row: 1e3 * row["median_ms"]))
+    if bandwidth := document.get("copy_bytes_per_s"):
+        floor = sorted({(row["shape"][along], 1e6 * row["bytes"] / bandwidth) for row in rows})
+        axes.plot(*zip(*floor, strict=True), color="black", linewidth=1, linestyle="--", label=FLOOR_LABEL)
+    axes.set(yscale="log", xlabel=label, ylabel="microseconds of a step")
+    axes.set_title(f"{rows[0]['op']}, {_rest(rows[0], along)}", loc="left", size=9)
+    return figure
 
 
 def _tokens_per_second(row: Row) -> float:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .show import measured
 from .steps import MEASURED
-from .targets import OURS, Row, fraction_of_floor, is_main, rows_of, same_case
+from .targets import OURS, Row, fraction_of_floor, is_main, rows_of, same_case, tflops
 
 PLOTS = {  # what `plots` draws, with what each shows
     "gpu-speed.png": "Tokens a second against T",
     "gpu-floor.png": "Fraction of the floor against T",
     "gpu-decode.png": "Time of a decode step against the batch",
+    "gpu-experts.png": "Time of the experts of a decode step against the tokens",
 }
+EXPERTS = ("experts", "expert_decode")  # the steps of the mixture of experts
 UNMEASURED = "The kernels have not run on a GPU yet: GPU figures are still to be measured."
 
 
@@ -23,7 +25,11 @@ def section(document: dict[str, Any] | None, plots: list[str]) -> str:
         return UNMEASURED
     if document.get("dry", True):
         raise ValueError("this is the result of a dry run: it holds no figures of a GPU")
-    parts = [_machine(document), *_table(document), "", *_targets(document)]
+    rest = [step for step in MEASURED if step not in EXPERTS]
+    parts = [_machine(document), *_table(document, rest), ""]
+    if any(rows_of(document, step) for step in EXPERTS):
+        parts += [*_table(document, EXPERTS, rates=True), ""]
+    parts += _targets(document)
     for plot in plots:
         parts += ["", f"![{PLOTS[plot.rpartition('/')[2]]}]({plot})"]
     return "\n".join(parts)
@@ -36,18 +42,20 @@ def _machine(document: dict[str, Any]) -> str:
     return (
         f"{device.get('name')}, driver {device.get('driver')}; PyTorch {versions.get('torch')}, Triton "
         f"{versions.get('triton')}, CuPy {versions.get('cupy')}; flash-linear-attention {versions.get('fla')}, "
-        f"transformers {versions.get('transformers')}; commit {(document.get('commit') or '-')[:12]}, "
+        f"transformers {versions.get('transformers')}, Liger-Kernel {versions.get('liger-kernel')}; commit {(document.get('commit') or '-')[:12]}, "
         f"{document['date'][:10]}. Measured in the same run: copy "
         f"{f'{copy / 1e9:.0f} GB/s' if copy else '-'}, matrix product {rates or '-'} TFLOP/s.\n"
     )
 
 
-def _table(document: dict[str, Any]) -> Iterator[str]:
-    shown = [row for step in MEASURED for row in rows_of(document, step) if row.get("listed", True)]
+def _table(document: dict[str, Any], steps: Iterable[str], rates: bool = False) -> Iterator[str]:
+    """`rates`: with one more column, of the products of matrices."""
+    shown = [row for step in steps for row in rows_of(document, step) if row.get("listed", True)]
     peers = list(dict.fromkeys(row["provider"] for row in shown if row["provider"] != OURS))
-    head = ["op", "pass", "shape", "backend", "time", "of the floor", *(f"against {peer}" for peer in peers)]
+    head = ["op", "pass", "shape", "backend", "time", *["TFLOP/s"] * rates, "of the floor"]
+    head += [f"against {peer}" for peer in peers]
     yield f"| {' | '.join(head)} |"
-    yield "|---" * 4 + "|--:" * (2 + len(peers)) + "|"
+    yield "|---" * 4 + "|--:" * (2 + rates + len(peers)) + "|"
     for row in shown:
         if not is_main(row):
             continue
@@ -55,6 +63,7 @@ def _table(document: dict[str, Any]) -> Iterator[str]:
         # The layer is products of matrices for the most part: bytes do not bound it.
         fraction = None if row["op"] == "module" else fraction_of_floor(row, document)
         cells = [row["op"], row["pass"], _shape(row), row["backend"], _time(row)]
+        cells += [f"{tflops(row) or 0:.3g}"] if rates else []
         cells += ["-" if fraction is None else f"{fraction:.2f}", *(_ratio(row, same.get(p)) for p in peers)]
         yield f"| {' | '.join(cells)} |"
 

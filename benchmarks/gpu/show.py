@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .targets import FLOOR, MICROSECONDS
+from .targets import FLOOR, MICROSECONDS, TFLOPS
 
 WIDTH, TABLE_WIDTH = 110, 150
 
@@ -39,7 +39,8 @@ def measured(target: dict[str, Any]) -> str:
     value = target["measured"]
     if value is None:
         return "-"
-    return {FLOOR: f"{value:.2f}", MICROSECONDS: f"{value:.1f} us"}.get(target["metric"], f"{value:.1f}x")
+    shown = {FLOOR: f"{value:.2f}", MICROSECONDS: f"{value:.1f} us", TFLOPS: f"{value:.0f} TFLOP/s"}
+    return shown.get(target["metric"], f"{value:.2f}x")
 
 
 def _failures(document: dict[str, Any], most: int = 12) -> Iterator[str]:

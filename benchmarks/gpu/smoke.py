@@ -13,6 +13,8 @@ from lightning_attn import available_backends
 from lightning_attn.cli.accuracy import Judge
 from lightning_attn.cli.case import Case, dtype_name
 from lightning_attn.cli.cases import Attention, Decode, GatedRMSNorm
+from lightning_attn.cli.moe_blocks import MoeMlp
+from lightning_attn.cli.moe_cases import GroupedGemm, Route
 from lightning_attn.cli.report import shape_name, takes
 
 from . import dry, part
@@ -28,6 +30,10 @@ def cases(dry_run: bool) -> Iterator[Case]:
     yield Decode(dtype, B=5, T=3, H=2, K=d, V=d, state=torch.bfloat16, slots=True)
     yield GatedRMSNorm(dtype, rows=7, D=64 * d)
     yield Attention(torch.float32, T=70, H=2, K=d, V=d)
+    yield Route(dtype, T=70, E=32, k=2)
+    yield GroupedGemm(dtype, M=70, E=4, N=2 * d, K=d)
+    yield MoeMlp(dtype, T=70, D=2 * d, F=d, E=4, k=2)
+    yield MoeMlp(dtype, T=3, D=2 * d, F=d, E=4, k=2, int8=True)
 
 
 def rows(device: torch.device, dry_run: bool) -> Iterator[dict[str, Any]]:

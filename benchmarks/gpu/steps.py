@@ -20,7 +20,7 @@ from typing import Any
 from .record import LEFT_OUT, OK, Outcome
 
 GPU_BACKENDS = ("triton", "cuda")
-MEASURED = ("forward", "backward", "decode", "norm", "layer")
+MEASURED = ("forward", "backward", "decode", "experts", "expert_decode", "norm", "layer")
 SANITIZER = "compute-sanitizer"
 
 
@@ -183,6 +183,8 @@ STEPS = (
     Step("forward", 110, 50, _measured("forward")),
     Step("backward", 100, 45, _measured("backward")),
     Step("decode", 70, 30, _measured("decode")),
+    Step("experts", 60, 25, _measured("experts")),
+    Step("expert_decode", 45, 20, _measured("expert_decode")),
     Step("tests", 200, 110, _tests),
     Step("check", 60, 25, _check),
     Step("sanitizer", 150, 40, _sanitizer, excuse=_device_refused),

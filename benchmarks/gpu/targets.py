@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 OURS = "lightning_attn"
-YARDSTICKS = ("sdpa", "eager-256")  # other maths, and no kernels: to be faster is no merit
+# Other maths, and no kernels: to be faster is no merit.
+YARDSTICKS = ("sdpa", "eager-256", "per-expert", "softmax-topk")
 FLOOR, PEER, MICROSECONDS = "fraction of the floor", "times the best peer's speed", "microseconds"
+TFLOPS = "TFLOP/s"
 MET, MISSED, NOT_MEASURED = "met", "missed", "not measured"
 
 Shape = dict[str, int | str]
@@ -22,6 +24,13 @@ FULL: Shape = {"B": 2, "T": 8192, "H": 64, **HEADS}
 LONG: Shape = {"B": 1, "T": 131_072, "H": 8, **HEADS}
 DECODE: Shape = {"B": 128, "T": 1, "H": 64, **HEADS, "state": "float32"}
 ONE: Shape = {**DECODE, "B": 1}
+
+# Of the mixture of experts in MiniMax-01.
+EXPERTS: Shape = {"T": 1, "D": 6144, "F": 9216, "E": 32, "k": 2}
+PREFILL: Shape = {**EXPERTS, "T": 8192}
+TRAINING: Shape = {**EXPERTS, "T": 16_384}
+GEMM: Shape = {"M": 16_384, "E": 32, "N": 18_432, "K": 6144}  # the first product of the prefill
+ROUTE: Shape = {"T": 8192, "E": 32, "k": 2}
 
 
 @dataclass(frozen=True)
@@ -40,10 +49,8 @@ class Target:
         return measured <= self.value if self.metric == MICROSECONDS else measured >= self.value
 
     def __str__(self) -> str:
-        sign, unit = (
-            ("<=", " us") if self.metric == MICROSECONDS else (">=", "x" if self.metric == PEER else "")
-        )
-        return f"{sign} {self.value:g}{unit}"
+        unit = {MICROSECONDS: " us", PEER: "x", TFLOPS: " TFLOP/s"}.get(self.metric, "")
+        return f"{'<=' if self.metric == MICROSECONDS else '>='} {self.value:g}{unit}"
 
 
 def _targets() -> Iterator[Target]:
@@ -65,6 +72,14 @@ def _targets() -> Iterator[Target]:
         yield Target(case, step, op, pass_, shape, PEER, peer)
     case = "decode, 1 sequence x 64 heads, a call in a CUDA graph"
     yield Target(case, "decode", "decode", "graph", ONE, MICROSECONDS, 8.0)
+    experts = ("experts", "moe_mlp")
+    yield Target("experts, T = 8192, forward", *experts, "forward", PREFILL, TFLOPS, 600)
+    case = "grouped product, 16,384 x 6144 x 18,432, 32 groups"
+    yield Target(case, "experts", "grouped_gemm", "forward", GEMM, PEER, 1.05)
+    yield Target("experts, T = 16,384, training", *experts, "forward+backward", TRAINING, TFLOPS, 500)
+    for tokens in (1, 8, 32, 128):
+        case = f"experts, decode, T = {tokens}, a call in a CUDA graph"
+        yield Target(case, "expert_decode", "moe_mlp", "graph", EXPERTS | {"T": tokens}, FLOOR, 0.75)
 
 
 TARGETS = tuple(_targets())
@@ -91,6 +106,10 @@ def fraction_of_floor(row: Row, document: dict[str, Any]) -> float | None:
     if not bandwidth or not row["median_ms"]:
         return None
     return row["bytes"] / bandwidth / (row["median_ms"] / 1e3)
+
+
+def tflops(row: Row) -> float | None:
+    return row["flops"] / row["median_ms"] / 1e9 if row["median_ms"] else None
 
 
 def best_peer(rows: list[Row]) -> Row | None:
@@ -128,6 +147,8 @@ def _judged(target: Target, document: dict[str, Any]) -> dict[str, Any]:
         found["measured"] = fraction_of_floor(ours, document)
     elif target.metric == MICROSECONDS:
         found["measured"] = 1e3 * ours["median_ms"]
+    elif target.metric == TFLOPS:
+        found["measured"] = tflops(ours)
     elif peer := best_peer(rows):
         found |= {"measured": peer["median_ms"] / ours["median_ms"], "against": peer["provider"]}
     if found["measured"] is not None:

@@ -1,5 +1,5 @@
-"""The peers' first calls, before they are timed: flash-linear-attention compiles and tries dozens of configurations of
-each kernel, one after the other, which would take all the time of the first case.
+"""The peers' first calls, before they are timed: flash-linear-attention and Liger-Kernel compile and try dozens of
+configurations of each kernel, one after the other, which would take all the time of the first case.
 
 Each pass of each case in a process of its own, at the same time; Triton keeps what they find on disk.
 """
@@ -21,7 +21,8 @@ from .cases import of_step
 from .record import replace_json
 from .suite import ROOT, environment
 
-STEPS = ("forward", "backward", "decode")
+STEPS = ("forward", "backward", "decode", "experts", "expert_decode")
+TUNED = ("fla", "fla-lightning", "liger")
 CASES = 4  # of each step: the first ones have every kernel that the others have
 
 
@@ -34,11 +35,13 @@ def calls(dry_run: bool) -> list[tuple[Case, str]]:
 
 def call_peers(case: Case, pass_: str, device: torch.device) -> None:
     """In a process of its own."""
-    inputs = case.inputs(device)
-    for name, peer in peers(case, device).items():
-        if name.startswith("fla") or device.type == "cpu":
-            case.step(peer.function, inputs, pass_)()
-            print(f"{name}: {pass_} {case.op} {case.shape}")
+    found = peers(case, device)
+    if device.type != "cpu":
+        found = {name: peer for name, peer in found.items() if name in TUNED}
+    inputs = case.inputs(device) if found else {}  # which may be gigabytes
+    for name, peer in found.items():
+        case.step(peer.function, inputs, pass_)()
+        print(f"{name}: {pass_} {case.op} {case.shape}")
 
 
 def main() -> int:

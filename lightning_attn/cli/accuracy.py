@@ -2,7 +2,8 @@
 
 The error of an output is its greatest absolute difference from the truth (float64 on the same rounded inputs)
 over the greatest absolute value of the truth. It is allowed twice the error of the plain PyTorch version in
-the same dtype plus one rounding, the eps of the output's dtype.
+the same dtype plus one rounding, the eps of the output's dtype. Of whole numbers the error is the share of those
+that are wrong, and none is allowed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Verdict:
     @property
     def strain(self) -> float:
         """The share of the allowance that is used up, for finding the worst of many."""
-        return math.inf if self.raised or math.isnan(self.error) else self.error / self.allowed
+        if self.raised or math.isnan(self.error) or not self.allowed:
+            return 0.0 if self.ok and not self.raised else math.inf
+        return self.error / self.allowed
 
     def __str__(self) -> str:
         return self.raised or f"{self.output}: error {self.error:.2e}, allowed {self.allowed:.2e}"
@@ -44,6 +47,8 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
         return math.inf
     if truth.numel() == 0:
         return 0.0
+    if not truth.is_floating_point():
+        return (x != truth).double().mean().item()
     largest = truth.abs().max().item()
     return (x.double() - truth).abs().max().item() / (largest or 1.0)
 
@@ -79,6 +84,8 @@ class Judge:
     def _verdict(self, name: str, x: Tensor) -> Verdict:
         dtype, plain = self.plain[name]
         error = relative_error(x, self.truth[name]) if x.dtype == dtype else math.inf
+        if not dtype.is_floating_point:
+            return Verdict(name, error, 0.0)
         return Verdict(name, error, (2 * plain if math.isfinite(plain) else 0.0) + torch.finfo(dtype).eps)
 
 

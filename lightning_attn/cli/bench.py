@@ -23,6 +23,7 @@ from .results import Row, Timing
 from .suites import DTYPES, OPS, PRESETS, bench_cases
 
 SECONDS_PER_CALL = 1.0  # for timing one provider at one pass of one case; slow calls take longer
+SHARE_OF_MEMORY = 0.8  # of what is free: a case may need that much
 
 Say = Callable[[str], None]
 
@@ -49,8 +50,8 @@ Say = Callable[[str], None]
 @click.option(
     "--compare",
     is_flag=True,
-    help="Add the peers: eager PyTorch, and what is installed of transformers and, on a GPU, "
-    "flash-linear-attention; there also PyTorch's softmax attention, as a yardstick.",
+    help="Add the peers: eager PyTorch, its grouped_mm, and what is installed of transformers and, on a GPU, "
+    "flash-linear-attention and Liger-Kernel; there also PyTorch's softmax attention, as a yardstick.",
 )
 @report.json_option
 @report.plot_option
@@ -64,7 +65,8 @@ def bench(
     json_path: Path | None,
     plot_dir: Path | None,
 ) -> None:
-    """Time the ops: attention, decode, gated_rms_norm, module.  [default: all of the preset]
+    """Time the ops: attention, decode, gated_rms_norm, module (the attention layer), route, grouped_gemm, moe_mlp, moe
+    (the block of experts).  [default: all of the preset]
 
     Measures what this machine reaches, the rate of a large matrix product and the bandwidth of a large copy,
     and shows each time as a fraction of that limit. Each case is checked against float64 before it is timed.
@@ -84,6 +86,9 @@ def bench(
         raise click.UsageError(f"preset {preset!r} has no case of {', '.join(ops)}")
 
     console = report.console()
+    cases, left_out = fitting(cases, machine.free_bytes(device))
+    for note in left_out:
+        console.print(note, markup=False, highlight=False)
     document = measure(cases, backend, device, compare=compare, console=console, call_costs=preset == "full")
     show(document, console)
     if compare:
@@ -101,6 +106,19 @@ def bench(
         raise click.ClickException(
             "one of our results failed its check or raised an error, and was not timed"
         )
+
+
+def fitting(cases: list[Case], free: int | None) -> tuple[list[Case], list[str]]:
+    """Those that there is memory for, and what is to be said of the others. Never a smaller one in their stead."""
+    if free is None:
+        return cases, []
+    small = [case for case in cases if case.needed_bytes <= SHARE_OF_MEMORY * free]
+    notes = [
+        f"{_where(case)} is left out: it needs about {case.needed_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        for case in cases
+        if case not in small
+    ]
+    return small, notes
 
 
 def measure(

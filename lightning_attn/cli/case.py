@@ -127,6 +127,11 @@ class Case(ABC):
         """How many calls of the op one step makes."""
         return 1
 
+    @property
+    def needed_bytes(self) -> int:
+        """Of memory, to check and to time it: roughly, and 0 where there is always enough."""
+        return 0
+
     def sample(self, tensors: Tensors) -> Tensors:
         """The part of the inputs or outputs that is checked: all, unless the truth would cost too much."""
         return tensors
@@ -143,11 +148,13 @@ class Case(ABC):
             name: inputs[name].detach().requires_grad_() for name in self.differentiable if name in inputs
         }
         outputs = self.call(function, inputs | leaves)
-        cotangents = [inputs["d" + name] for name in outputs]
+        # Of whole numbers there is no gradient.
+        differentiable = {name: x for name, x in outputs.items() if x.is_floating_point()}
+        cotangents = [inputs["d" + name] for name in differentiable]
 
         def backward(again: bool) -> Tensors:
             gradients = torch.autograd.grad(
-                list(outputs.values()), list(leaves.values()), cotangents, retain_graph=again
+                list(differentiable.values()), list(leaves.values()), cotangents, retain_graph=again
             )
             return {"d" + name: dx for name, dx in zip(leaves, gradients, strict=True)}
 

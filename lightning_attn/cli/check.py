@@ -41,7 +41,7 @@ class Row:
 @click.option("--backend", help="Only this backend; it has to be available.  [default: all available]")
 @report.json_option
 def check(backend: str | None, json_path: Path | None) -> None:
-    """Compare every op with the float64 recurrence.
+    """Compare every op with its truth in float64.
 
     Outputs, states and gradients may have twice the error of plain PyTorch in the same dtype, plus one
     rounding. Exits with 1 if any has more. Cases that a backend does not take are left out and counted.

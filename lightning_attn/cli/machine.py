@@ -28,7 +28,7 @@ GEMM_SECONDS = 0.5  # after a product that takes longer no larger one is tried
 
 def versions() -> dict[str, str | None]:
     """Of Python, of this package and of what it may use; None: not installed."""
-    packages = ("torch", "numpy", "triton", "cupy", "transformers", "fla")
+    packages = ("torch", "numpy", "triton", "cupy", "transformers", "fla", "liger-kernel")
     return {
         "lightning_attn": lightning_attn.__version__,
         "python": platform.python_version(),
@@ -75,6 +75,17 @@ def device(device: torch.device | None = None) -> dict[str, str | int | None]:
         "host": host.pop("name"),
     }
     return found | host
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of the device, or of the host, that is not in use; None if nothing says it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _driver() -> str | None:

@@ -11,12 +11,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import moe_peers
 from .case import LAYERS, Case
 from .cases import Attention, Decode, Layer, as_function
 from .eager import Function
 from .softmax import Softmax, sdpa
 
-OURS, EAGER, TRANSFORMERS = "lightning_attn", "eager-256", "transformers"
+OURS, EAGER, TRANSFORMERS = "lightning_attn", "eager-256", moe_peers.TRANSFORMERS
 FLA, FLA_LIGHTNING = "fla", "fla-lightning"  # flash-linear-attention: chunk_simple_gla, chunk_lightning_attn
 SDPA = "sdpa"  # a yardstick: it computes something else
 TRANSFORMERS_MODULE = "transformers.models.minimax.modeling_minimax"
@@ -36,9 +37,11 @@ class Peer:
 
 def peers(case: Case, device: torch.device) -> dict[str, Peer]:
     """By name, the other versions of a case's op that are installed and run on the device."""
-    found = {EAGER: Peer(case.plain, case)}
+    found = {moe_peers.plain_name(case) or EAGER: Peer(case.plain, case)}
     on_gpu = device.type in GPU_PEERS
-    if isinstance(case, Layer) and _transformers_missing() is None:
+    modeling = importlib.import_module(TRANSFORMERS_MODULE) if _transformers_missing() is None else None
+    found |= {name: Peer(f, case) for name, f in moe_peers.versions(case, on_gpu, modeling).items()}
+    if isinstance(case, Layer) and modeling:
         found[TRANSFORMERS] = Peer(_transformers_layer(case), case)
     if on_gpu and isinstance(case, Attention | Decode) and not isinstance(_fla(), str):
         found |= {name: Peer(function, case) for name, function in _fla_versions(case)}
@@ -50,18 +53,19 @@ def peers(case: Case, device: torch.device) -> dict[str, Peer]:
 
 def missing_peers(device: torch.device) -> list[str]:
     """Peers for this device that are not there, and why."""
-    fla = _fla() if device.type in GPU_PEERS else None
-    reasons = (_transformers_missing(), fla if isinstance(fla, str) else None)
+    on_gpu = device.type in GPU_PEERS
+    fla = _fla() if on_gpu else None
+    reasons = (_transformers_missing(), fla if isinstance(fla, str) else None, *moe_peers.missing(on_gpu))
     return [reason for reason in reasons if reason]
 
 
 def _transformers_missing() -> str | None:
     if importlib.util.find_spec("transformers") is None:
-        return "transformers is not installed: its layer is not compared"
+        return "transformers is not installed: its layers are not compared"
     try:
         importlib.import_module(TRANSFORMERS_MODULE)
     except Exception as error:  # noqa: BLE001 - a peer that is broken is not there
-        return f"transformers' MiniMax layer is not compared: {type(error).__name__}: {error}"
+        return f"transformers' MiniMax layers are not compared: {type(error).__name__}: {error}"
     return None
 
 

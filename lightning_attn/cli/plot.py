@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from .moe_peers import GROUPED_MM, LIGER, PER_EXPERT, SOFTMAX_TOPK, TRANSFORMERS_EAGER
 from .peers import EAGER, FLA, FLA_LIGHTNING, OURS, SDPA, TRANSFORMERS
 from .report import shape_name
 from .results import Row
@@ -19,6 +20,11 @@ COLOURS = {
     FLA: "#2b8a3e",
     FLA_LIGHTNING: "#82c91e",
     SDPA: "#9c36b5",
+    PER_EXPERT: "#adb5bd",
+    SOFTMAX_TOPK: "#ced4da",
+    GROUPED_MM: "#0b7285",
+    TRANSFORMERS_EAGER: "#91a7ff",
+    LIGER: "#f59f00",
 }
 ANOTHER = "#212529"
 BAR = 0.22  # inches

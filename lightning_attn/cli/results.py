@@ -14,10 +14,12 @@ from rich.table import Table
 from . import machine, report
 from .case import Case, Shape, dtype_name
 from .machine import Limits
+from .moe_suites import OPS as MOE
 from .peers import OURS
 
 STREAMING = ("decode", "gated_rms_norm")  # bounded by memory traffic, so their rate is one of bytes
 STREAMING_ON_GPU = (*STREAMING, "attention")  # whose products cost a GPU less than its inputs and outputs
+FEW_FLOPS = 32  # of the mixture of experts for each byte: with fewer, as in decoding, its matrices are what takes time
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ class Row:
         if self.median_ms is None:
             return "-"
         streaming = STREAMING_ON_GPU if self.device.startswith("cuda") else STREAMING
-        amount, unit = (self.bytes, "B/s") if self.op in streaming else (self.flops, "FLOP/s")
+        bound = self.op in streaming or (self.op in MOE and self.flops < FEW_FLOPS * self.bytes)
+        amount, unit = (self.bytes, "B/s") if bound else (self.flops, "FLOP/s")
         return report.rate(1e3 * amount / self.median_ms, unit)
 
 

@@ -1,4 +1,4 @@
-"""Which cases `check` judges and which `bench` times."""
+"""Which cases `check` judges and which `bench` times; those of the mixture of experts are in `moe_suites`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 
 from lightning_attn.dispatch import accumulation_dtype
 
+from . import moe_suites
 from .case import Case, dtype_name
 from .cases import Attention, Decode, GatedRMSNorm, Layer
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = {dtype_name(dtype): dtype for dtype in (F64, F32, BF16, F16)}
 PRESETS = ("quick", "full", "minimax-01")
-OPS = (Attention.op, Decode.op, GatedRMSNorm.op, Layer.op)
+OPS = (Attention.op, Decode.op, GatedRMSNorm.op, Layer.op, *moe_suites.OPS)
 
 
 def check_cases() -> Iterator[Case]:
@@ -44,10 +45,11 @@ def check_cases() -> Iterator[Case]:
         yield GatedRMSNorm(dtype, rows=64, D=8192)
         yield GatedRMSNorm(dtype, rows=2000, D=96)
         yield Layer(dtype, B=2, T=65, hidden=64, H=4, D=16)
+        yield from moe_suites.check_cases(dtype)
 
 
 def bench_cases(preset: str, dtypes: tuple[torch.dtype, ...] = (), *, module: bool = False) -> list[Case]:
-    """The cases of a preset, in its dtypes unless others are named; `module` adds the layer to "quick"."""
+    """The cases of a preset, in its dtypes unless others are named; `module` adds the attention layer to "quick"."""
     make = {"quick": _quick, "full": _full, "minimax-01": _minimax_01}[preset]
     return list(dict.fromkeys(make(dtypes, module)))  # without repeats, in order
 
@@ -62,6 +64,7 @@ def _quick(dtypes: tuple[torch.dtype, ...], module: bool) -> Iterator[Case]:
     if module:  # the layer is there to be compared: its time is mostly that of the projections
         for dtype in dtypes or (F32, BF16):
             yield Layer(dtype, T=2048, hidden=1024, H=8, D=128)
+    yield from moe_suites.quick(dtypes)
 
 
 def _full(dtypes: tuple[torch.dtype, ...], module: bool) -> Iterator[Case]:
@@ -83,6 +86,7 @@ def _full(dtypes: tuple[torch.dtype, ...], module: bool) -> Iterator[Case]:
             yield Decode(dtype, B=batch, H=64, K=128, V=128, state=F64 if dtype == F64 else BF16)
     for dtype in dtypes or (F32, F16):
         yield GatedRMSNorm(dtype, rows=2048, D=8192)
+    yield from moe_suites.full(dtypes)
 
 
 def _minimax_01(dtypes: tuple[torch.dtype, ...], module: bool) -> Iterator[Case]:
@@ -93,3 +97,4 @@ def _minimax_01(dtypes: tuple[torch.dtype, ...], module: bool) -> Iterator[Case]
             yield Decode(dtype, B=batch, H=64, K=128, V=128, state=accumulation_dtype(dtype))
         yield GatedRMSNorm(dtype, rows=2048, D=8192)
         yield Layer(dtype, T=512, hidden=6144, H=64, D=128)
+    yield from moe_suites.minimax_01(dtypes)
