@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_attn.backends.triton import catalogue
+from lightning_attn.backends.triton import catalogue, moe_catalogue
 from lightning_attn.backends.triton.attention import crossing_bytes
 from lightning_attn.backends.triton.catalogue import Shape
 from lightning_attn.backends.triton.config import Arch
@@ -37,7 +37,7 @@ class Traffic:
 
     @property
     def fault(self) -> str | None:
-        if self.unit != "element" and self.bytes - self.segment_states > self.floor:
+        if self.unit not in ("element", "token") and self.bytes - self.segment_states > self.floor:
             return f"{self.operation} on {self.arch} moves {self.bytes:.1f} B a {self.unit}, not {self.floor}"
         return None
 
@@ -74,6 +74,29 @@ def traffic(arch: Arch) -> Iterator[Traffic]:
     ):
         where = f"rows={rows} D={D}"
         yield _of(launches, f"gated_rms_norm, {operation}", where, arch, "element", rows * D, operands * SIZE)
+    yield from _experts(arch)
+
+
+def _experts(arch: Arch) -> Iterator[Traffic]:
+    """The floor is the matrices of the experts that can have tokens, read once (backward: and their gradients
+    written), and a row of D for x and y (x, dy and dx). Beyond it are the activations, which go through memory between two
+    products: h, a and z of each pair. Where the host counts, as many experts have tokens as can have.
+    """
+    E, D, F, k = (
+        moe_catalogue.EXPERTS,
+        moe_catalogue.HIDDEN,
+        moe_catalogue.INTERMEDIATE,
+        moe_catalogue.TOP_K,
+    )
+    for T in (1, 32, 8192):
+        launches = [*moe_catalogue.sorting(T, arch), *moe_catalogue.mlp_forward(T, DTYPE, arch)]
+        touched = min(E, T * k) * 3 * D * F * SIZE
+        floor = touched // T + 2 * D * SIZE
+        yield _of(launches, "moe_mlp, forward", f"T={T} {E} experts", arch, "token", T, floor)
+    T = 8192
+    floor = 2 * E * 3 * D * F * SIZE // T + 3 * D * SIZE
+    launches = moe_catalogue.mlp_backward(T, DTYPE, arch)
+    yield _of(launches, "moe_mlp, backward", f"T={T} {E} experts", arch, "token", T, floor)
 
 
 def _of(

@@ -17,7 +17,7 @@ class Spec:
 
     `op` is the name of the raw function. For the norm K and V are both the length of the normalised dimension
     and state_dtype is the weight's dtype. For the mixture of experts state_dtype is that of the expert matrices (routing: of
-    the weights); K and V are E and k (routing, sorting), K and N (grouped_gemm), D and F (moe_mlp).
+    the weights); K and V are E and k (routing), k and E (sorting), K and N (grouped_gemm), D and F (moe_mlp).
     """
 
     op: str

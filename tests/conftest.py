@@ -40,6 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for marker in (
         "gpu: runs what is made for GPUs, on the GPU or, without one, interpreted or emulated on the CPU",
         "decode: of all operators calls the decoding one alone, so it is for backends that have no other too",
+        "op(name): needs this raw function of a backend, not that of attention",
     ):
         config.addinivalue_line("markers", marker)
 
@@ -60,9 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         parameters, backend = _parameters(item), _backend(item)
         if backend not in BACKENDS or backend in ON_CPU:  # those take all there is
             return False
-        taken = dtypes_of(
-            backend, "attention_decode" if item.get_closest_marker("decode") else "attention_forward"
-        )
+        taken = dtypes_of(backend, _op(item))
         if not taken or ((dtype := parameters.get("dtype")) in DTYPES and dtype not in taken):
             return True
         return parameters.get("threads", 0) > fewest.get(item.function, 0)
@@ -72,6 +71,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (left_out if idle(item) else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
+
+
+def _op(item: pytest.Item) -> str:
+    """The raw function that a test is about."""
+    if marker := item.get_closest_marker("op"):
+        return marker.args[0]
+    return "attention_decode" if item.get_closest_marker("decode") else "attention_forward"
 
 
 def _backend(item: pytest.Item) -> object:

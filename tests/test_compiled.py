@@ -36,6 +36,18 @@ KERNELS = {
     "gated_rms_norm_dweight",
 }
 BACKWARD = {"chunk_backward", "chunk_backward_split"}  # one or the other
+EXPERTS = {
+    "moe_route",
+    "moe_route_backward",
+    "moe_count",
+    "moe_place",
+    "moe_gather",
+    "moe_gather_sum",
+    "expert_up",
+    "expert_activation_backward",
+    "grouped_gemm",
+    "weight_gradient",
+}
 GOOD = Row(
     *("sm_90", 128, "bfloat16", "forward", "dense", "chunk"),
     *((64, 128, 64), 8, 3),
@@ -119,7 +131,28 @@ def test_everything_is_compiled(rows: list[Row]) -> None:
     """Each kernel for each architecture, head dim and dtype."""
     assert not uncovered(rows)
     kernels = {row.kernel for row in rows}
-    assert kernels == KERNELS | BACKWARD, "a kernel that the gate does not know"
+    assert kernels == KERNELS | BACKWARD | EXPERTS, "a kernel that the gate does not know"
+    experts = {
+        (row.arch, row.dtype, row.kernel): row.variant for row in reversed(rows) if row.dim == gate.EXPERTS
+    }
+    for arch in gate.MAIN_ARCHS + gate.CONSUMER_ARCHS:
+        for dtype in gate.EXPERT_DTYPES.get(arch, ("bfloat16",)):
+            for kernel in EXPERTS:
+                assert experts[arch, dtype, kernel] == "T=8192", (arch, dtype, kernel)
+
+
+def test_every_way_of_the_experts_is_compiled_where_none_may_spill(rows: list[Row]) -> None:
+    """Prefill, small batch and decode step, int8 too; the tails of 16, 32 and 64 rows are in the same kernels."""
+    for arch in ("sm_80", "sm_90"):
+        assert gate.may_not_spill(arch, gate.EXPERTS, "bfloat16")
+        found = {
+            (row.kernel, row.variant)
+            for row in rows
+            if (row.arch, row.dim, row.dtype) == (arch, gate.EXPERTS, "bfloat16")
+        }
+        for kernel in ("expert_up", "grouped_gemm"):
+            for T in ("T=1", "T=32", "T=8192"):
+                assert {(kernel, T), (kernel, f"{T}, int8")} <= found
 
 
 def test_every_variant_is_compiled_where_none_may_spill(rows: list[Row]) -> None:
@@ -156,7 +189,17 @@ def test_rule(rule: Callable[[Row], str | None], rows: list[Row]) -> None:
 
 
 def test_hopper_has_wgmma_and_asynchronous_copies(rows: list[Row]) -> None:
-    """Forward and backward, in 16 bits, at every head dim; said again without the gate's own rules."""
+    """Forward and backward, in 16 bits, at every head dim; said again without the gate's own rules. And the experts'
+    products of large tiles, by descriptor.
+    """
+    large = [
+        row
+        for row in rows
+        if (row.arch, row.dtype) == ("sm_90", "bfloat16")
+        and row.kernel in ("expert_up", "grouped_gemm")
+        and row.variant == "T=8192"
+    ]
+    assert len(large) >= 3 and all(row.descriptor_copies for row in large)
     kernels = [
         row
         for row in rows
@@ -194,6 +237,10 @@ def test_the_report_says_what_the_gate_says(report: tuple[Process, dict[str, Any
         ("uses_tensor_cores", replace(GOOD, kernel="chunk_backward", matrix_products={})),
         ("copies_asynchronously", replace(GOOD, async_copies=0)),
         ("copies_asynchronously", replace(GOOD, kernel="chunk_backward_split", async_copies=0)),
+        ("copies_asynchronously", replace(GOOD, kernel="weight_gradient", async_copies=0)),
+        ("uses_tensor_cores", replace(GOOD, kernel="expert_up", matrix_products={})),
+        ("spills_nothing", replace(GOOD, kernel="expert_up", dim=gate.EXPERTS, spills=8)),
+        ("copies_by_descriptor", replace(GOOD, kernel="grouped_gemm", tiles=(128, 64, 256))),
     ],
 )
 def test_the_gate_can_fail(rule: str, bad: Row) -> None:

@@ -256,13 +256,20 @@ PUBLIC = {
     "LightningAttention": (
         "hidden_size, num_heads, head_dim, *, layer_idx, num_layers, norm_eps=1e-06, device=None, dtype=None"
     ),
+    "SparseMoE": "hidden_size, intermediate_size, num_experts, top_k, *, device=None, dtype=None",
     "available_backends": "",
     "gated_rms_norm": "x, gate, weight, *, eps=1e-06, backend='auto'",
+    "grouped_gemm": "x, w, offs, *, backend='auto'",
     "lightning_attention": (
         "q, k, v, decay, *, scale=1.0, initial_state=None, return_state=False, cu_seqlens=None, "
         "backend='auto'"
     ),
     "lightning_attention_decode": "q, k, v, decay, state, *, slots=None, scale=1.0, backend='auto'",
+    "load_balancing_loss": "logits, experts",
+    "moe_mlp": "x, gate_up, down, weights, experts, *, layout='concatenated', backend='auto'",
+    "moe_route": "logits, top_k, *, renormalize=True, backend='auto'",
+    "quantize_experts": "gate_up, down",
+    "router_z_loss": "logits",
 }
 DECAY = {
     "alibi": "num_heads, *, device=None",

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from moe_support import make_experts, make_groups
 from support import BACKENDS, DTYPES, LAYOUTS, device_of, dtype_id, make_inputs
 
+from lightning_attn import quantize_experts
 from lightning_attn.dispatch import accumulation_dtype
 
 OPS = torch.ops.lightning_attn
@@ -48,6 +50,12 @@ def test_every_operator_is_checked_here() -> None:
         "attention_decode",
         "gated_rms_norm_forward",
         "gated_rms_norm_backward",
+        "moe_route_forward",
+        "moe_route_backward",
+        "grouped_gemm_forward",
+        "grouped_gemm_backward",
+        "moe_mlp_forward",
+        "moe_mlp_backward",
     }
     for name in all_raw_ops():
         assert torch.Tag.pt2_compliant_tag in getattr(OPS, name).default.tags
@@ -140,3 +148,47 @@ def test_opcheck_empty(backend: str, B: int, T: int, lengths: tuple[int, ...] | 
     if lengths is None:
         decode = x.q, x.k, x.v, x.decay, x.initial_state.clone(), None, x.scale, backend
         opcheck(OPS.attention_decode.default, *decode)
+
+
+@pytest.mark.op("moe_route_forward")
+@dtypes
+def test_opcheck_moe_route(backend: str, dtype: torch.dtype) -> None:
+    """Row 4: both ways to weigh, strided logits, no tokens."""
+    logits = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).to(device_of(backend), dtype)
+    for x in (logits, logits[:, 1:], logits[:0]):
+        for renormalize in (True, False):
+            opcheck(OPS.moe_route_forward.default, x, 2, renormalize, backend)
+            weights, experts = OPS.moe_route_forward(x, 2, renormalize, backend)
+            args = weights.flip(1), x, weights, experts, renormalize, backend
+            opcheck(OPS.moe_route_backward.default, *args)
+
+
+@pytest.mark.op("grouped_gemm_forward")
+@dtypes
+def test_opcheck_grouped_gemm(backend: str, dtype: torch.dtype) -> None:
+    """Row 4: dense and strided operands, each gradient with and without the other."""
+    a = make_groups((3, 0, 4), N=5, K=6, dtype=dtype, rest=2).to(device_of(backend))
+    stored = a.w.mT.contiguous().mT
+    for w in (a.w, stored):
+        opcheck(OPS.grouped_gemm_forward.default, a.x, w, a.offs, backend)
+        for needs in ((True, True), (True, False), (False, True)):
+            opcheck(OPS.grouped_gemm_backward.default, a.dy, a.x, w, a.offs, *needs, backend)
+
+
+@pytest.mark.op("moe_mlp_forward")
+@dtypes
+@pytest.mark.parametrize("T", [0, 6])
+def test_opcheck_moe_mlp(backend: str, dtype: torch.dtype, T: int) -> None:
+    """Row 4: kept for a backward or not, int8, both layouts, single gradients."""
+    a = make_experts(T=T, D=8, F=6, E=3, dtype=dtype).to(device_of(backend))
+    (gate_up, gate_up_scale), (down, down_scale) = quantize_experts(a.gate_up, a.down)
+    for interleaved, save in ((False, True), (True, False)):
+        tail = a.weights, a.experts, interleaved, save, backend
+        opcheck(OPS.moe_mlp_forward.default, a.x, a.gate_up, None, a.down, None, *tail)
+    tail = a.weights, a.experts, False, False, backend
+    opcheck(OPS.moe_mlp_forward.default, a.x, gate_up, gate_up_scale, down, down_scale, *tail)
+    tail = a.weights, a.experts, False, True, backend
+    _, *kept = OPS.moe_mlp_forward(a.x, a.gate_up, None, a.down, None, *tail)
+    for needs in ((True,) * 4, (True, False, False, False), (False, True, True, True)):
+        args = a.dy, a.x, a.gate_up, a.down, a.weights, *kept, False, *needs, backend
+        opcheck(OPS.moe_mlp_backward.default, *args)

@@ -34,8 +34,8 @@ The mixture of experts. A pair (t, j) is token t with the j-th of its k experts,
     order [T * k] int32                 the pairs by expert, those of an expert in rising order: a stable sort
     position [T, k] int32               where each pair stands in `order`; -1 for one whose expert is not in [0, E)
     offs [E] int32                      where each expert's pairs end in `order`; what follows the last is undefined
-    h [T * k, 2F]                       pre-activations in x's dtype: the gate's F columns, then the up's, whatever the layout;
-                                        rows as in `order`. Kept for the backward, None without `save`
+    h [T * k, 2F]                       pre-activations in x's dtype, rows as in `order`, columns in an order of the backend's
+                                        own. Kept for its backward, None without `save`
     routing                             (order, position, offs), as `Routing`
 
 `grouped_gemm_*` treat rows of x past offs[-1] as no group's: zero in y and dx. dw of an empty group is zero. On a GPU no

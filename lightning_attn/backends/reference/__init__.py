@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Spec, accumulation_dtype
+from ..raw import raw
 from .moe import (
     grouped_gemm_backward,
     grouped_gemm_forward,
@@ -28,7 +29,6 @@ from .moe import (
     moe_route_forward,
     moe_sort,
 )
-from .raw import raw
 
 __all__ = [
     "attention_backward",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...dispatch import accumulation_dtype
 from .. import Expert, Routing
-from .raw import raw
+from ..raw import raw
 
 
 @raw

@@ -38,14 +38,14 @@ def row_tiles(x: Rows, how: Product) -> TensorDescriptor | None:
 
 
 def weight(w: Tensor, how: Product) -> tuple[Strided, TensorDescriptor | None]:
-    """w [E, N, K] by pointer and strides, of which that of N or K is 1; and by descriptor, of its transpose if it is that
-    of N.
-    """
+    """w [E, N, K] by pointer and strides; and by descriptor if K is contiguous, or of its transpose if N is."""
     if max(w.stride()[1:]) >= FARTHEST:
         w = w.contiguous()
     group, row, column = w.stride()
-    if 1 not in (row, column):  # one of them has a single element, whose stride is no matter
-        row, column = (row, 1) if w.shape[2] == 1 else (1, column)
+    if w.shape[2] == 1:  # a stride that is no matter
+        column = 1
+    elif w.shape[1] == 1:
+        row = 1
     tiles = None
     if how.descriptors:
         if column == 1 and _describable(w):
