@@ -1,7 +1,7 @@
 """Builds lightning_attn._C from csrc/. Needs a C++17 compiler and pybind11; neither torch nor a network.
 
 Each CPU kernel is one source, compiled once for every instruction set; csrc/cpu/dispatch.cpp chooses at run time. The CUDA
-kernel goes along as source, for NVRTC, and where there is nvcc also as machine code.
+kernels go along as source, for NVRTC, and where there is nvcc also as machine code.
 """
 
 import os
@@ -17,7 +17,8 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
-KERNELS = ["chunk_forward", "chunk_backward", "decode", "gated_rms_norm", "table"]
+KERNELS = ["chunk_forward", "chunk_backward", "decode", "gated_rms_norm"]
+KERNELS += ["moe_route", "moe_rows", "expert_rows", "transpose", "table"]
 BASELINE = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/runtime.cpp", "csrc/cuda/emulator.cpp"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # GCC 12 takes the undefined lanes inside its own AVX-512 intrinsics for uninitialised variables.
@@ -25,7 +26,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefe
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 CUDA_ARCHS = ["80", "90a", "100a"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-ftz=true"]  # as in lightning_attn/backends/cuda.py
+NVCC_FLAGS = ["-O3", "-std=c++17", "-ftz=true"]  # as in lightning_attn/backends/cuda/launch.py
 
 MSVC = sys.platform == "win32"
 FLAGS = ["/O2", "/openmp"] if MSVC else ["-O3", "-fno-math-errno"]
@@ -84,18 +85,20 @@ class build_kernels(build_ext):
         shutil.copytree(Path(self.build_lib, "lightning_attn", "_cuda"), "lightning_attn/_cuda")
 
     def build_cuda(self, folder: Path) -> None:
-        """step.cu beside the extension, and step.fatbin for as many architectures as nvcc knows."""
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy("csrc/cuda/step.cu", folder)
-        fatbin = folder / "step.fatbin"
-        fatbin.unlink(missing_ok=True)
+        """csrc/cuda beside the extension, and each .cu as a .fatbin for as many architectures as nvcc knows."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        prelude, sources = Path("csrc/cuda/prelude.cuh"), sorted(Path("csrc/cuda").glob("*.cu"))
+        for source in (prelude, *sources):
+            shutil.copy(source, folder)
         homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
         places = os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ.get("PATH", os.defpath)])
         nvcc = shutil.which("nvcc", path=places)
         archs = CUDA_ARCHS if nvcc else []
         while archs:
             codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-            command = [nvcc, "-fatbin", *NVCC_FLAGS, "--threads=0", *codes, "csrc/cuda/step.cu", "-o", fatbin]
+            command = [nvcc, "-fatbin", *NVCC_FLAGS, "--threads=0", *codes, "-include", prelude, *sources]
+            command += ["-odir", folder]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 break
@@ -111,6 +114,6 @@ extension = Pybind11Extension(
     BASELINE,
     cxx_std=17,
     extra_compile_args=FLAGS,
-    depends=[str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".cu")],
+    depends=[str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".cu", ".cuh")],
 )
 setup(ext_modules=[extension], cmdclass={"build_ext": build_kernels})

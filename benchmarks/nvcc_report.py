@@ -17,11 +17,12 @@ from pathlib import Path
 
 import click
 
-from lightning_attn.backends import cuda
+from lightning_attn.backends.cuda import launch
 from lightning_attn.cli import report
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "csrc" / "cuda" / "step.cu"
+FOLDER = ROOT / "csrc" / "cuda"
+PRELUDE, SOURCES = FOLDER / "prelude.cuh", sorted(FOLDER.glob("*.cu"))
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
 KERNEL = re.compile(r"Compiling entry function '(\w+)' for '\w+'\n(.*?)(?=Compiling|\Z)", re.DOTALL)
 FIGURES = {
@@ -56,12 +57,13 @@ class Row:
         return None
 
 
-def compile_rows(arch: str, source: Path = SOURCE) -> Iterator[Row]:
-    """Compiles the source for one architecture."""
+def compile_rows(arch: str, source: Path) -> Iterator[Row]:
+    """Compiles a source for one architecture."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "step.cubin")
+        cubin = Path(folder, "kernels.cubin")
         code = f"-gencode=arch=compute_{arch.removeprefix('sm_')},code={arch}"
-        command = ["nvcc", "-cubin", "-O3", *cuda.OPTIONS, "-Xptxas=-v", code, str(source), "-o", str(cubin)]
+        command = ["nvcc", "-cubin", "-O3", *launch.OPTIONS, "-Xptxas=-v", code, "-include", str(PRELUDE)]
+        command += [str(source), "-o", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"nvcc failed for {arch}:\n{done.stderr}")
@@ -103,7 +105,7 @@ def main(json_path: Path | None) -> None:
     """Compile csrc/cuda with nvcc for every architecture and show what each kernel takes."""
     if not shutil.which("nvcc"):
         raise click.ClickException("there is no nvcc")
-    rows = [row for arch in ARCHS for row in compile_rows(arch)]
+    rows = [row for arch in ARCHS for source in SOURCES for row in compile_rows(arch, source)]
     figures = ("registers", "stack B", "spilled B", "16-byte loads", "stores")
     table = report.table("csrc/cuda by nvcc", "kernel", "arch", right=figures)
     for row in rows:
@@ -112,7 +114,7 @@ def main(json_path: Path | None) -> None:
         table.add_row(row.kernel, row.arch, *map(str, values), style="bold red" if row.fault else None)
     report.console().print(table)
     if json_path:
-        head = {"nvcc": nvcc_version(), "source_sha256": digest()}
+        head = {"nvcc": nvcc_version(), "source_sha256": digests()}
         report.write_json(json_path, head | {"rows": [asdict(row) for row in rows]})
     faults = [row.fault for row in rows if row.fault]
     for fault in faults:
@@ -126,9 +128,9 @@ def nvcc_version() -> str | None:
     return release[0] if release else None
 
 
-def digest() -> str:
-    """Of the source that the figures are of."""
-    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+def digests() -> dict[str, str]:
+    """Of the sources that the figures are of."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (PRELUDE, *SOURCES)}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/runtime.h"
@@ -55,6 +56,24 @@ AttentionShape shape(const py::tuple& x) {
   s.threads = x[10].cast<int>();
   return s;
 }
+
+// The members of a struct, in their order, from a tuple: addresses for pointers.
+class Fields {
+ public:
+  explicit Fields(const py::tuple& values) : values_(values) {}
+  template <class T>
+  operator T() {
+    const py::object value = values_[next_++];
+    if constexpr (std::is_pointer_v<T>)
+      return static_cast<T>(address(value));
+    else
+      return value.cast<T>();
+  }
+
+ private:
+  const py::tuple& values_;
+  size_t next_ = 0;
+};
 
 // (dtype, rows, dim, x stride, gate stride, y stride, eps, threads)
 GatedRMSNorm norm(const py::tuple& s, const py::handle& x, const py::handle& gate, const py::handle& weight,
@@ -151,6 +170,48 @@ PYBIND11_MODULE(_C, m) {
           p.grad_weight = address(grad_weight);
           launch(active->gated_rms_norm_backward, p);
         });
+
+  // Of the mixture of experts: one tuple with the members of the kernel's struct.
+  m.def("moe_route_forward", [](const py::tuple& x) {
+    Fields f(x);
+    launch(active->moe_route_forward, {f, f, f, f, f, f, f, f, f, f, f, f, f});
+  });
+  m.def("moe_route_backward", [](const py::tuple& x) {
+    Fields f(x);
+    launch(active->moe_route_backward, {f, f, f, f, f, f, f, f, f, f, f, f, f});
+  });
+  m.def("moe_sort", [](const py::tuple& x) {
+    Fields f(x);
+    launch(active->moe_sort, {f, f, f, f, f, f});
+  });
+  m.def("gather_rows", [](const py::tuple& x) {
+    Fields f(x);
+    launch(active->gather_rows, {f, f, f, f, f, f, f, f, f, f});
+  });
+  m.def("swiglu_forward", [](const py::tuple& x) {
+    Fields f(x);
+    launch(active->swiglu_forward, {f, f, f, f, f, f, f, f, f, f, f, f});
+  });
+  m.def("swiglu_backward", [](const py::tuple& x) {
+    Fields f(x);
+    launch(active->swiglu_backward, {f, f, f, f, f, f, f, f, f, f, f, f, f});
+  });
+  m.def("gather_sum", [](const py::tuple& x) {
+    Fields f(x);
+    launch(active->gather_sum, {f, f, f, f, f, f, f, f, f, f});
+  });
+  m.def("expert_rows", [](const py::tuple& x) {
+    Fields f(x);
+    launch(active->expert_rows, {f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f});
+  });
+  m.def("widen_int8", [](const py::tuple& x) {
+    Fields f(x);
+    launch(active->widen_int8, {f, f, f, f, f, f, f});
+  });
+  m.def("transpose", [](const py::tuple& x) {
+    Fields f(x);
+    launch(active->transpose, {f, f, f, f, f, f, f, f, f, f, f});
+  });
 
   m.def("can_emulate_cuda", &can_emulate, "Whether this build can run the kernels of csrc/cuda on the CPU.");
   m.def("emulate_cuda", [](const std::string& name, int64_t blocks, size_t shared, const std::string& parameters) {

@@ -73,6 +73,125 @@ struct GatedRMSNorm {
   int threads;
 };
 
+// ---- Mixture of experts. A pair p = t * top_k + j is token t with the j-th of its experts; `order` lists the pairs by
+// expert. The rows of an operand are `..._stride` elements apart.
+
+// weights = softmax(logits) at the top_k largest of each row, divided by their sum if `renormalize`.
+struct MoeRoute {
+  DType dtype;  // of logits and grad_logits; weights and grad_weights have the accumulate dtype
+  int64_t tokens, experts, top_k;
+  bool renormalize;
+  const void* logits;
+  int64_t logits_stride;
+  void* weights;    // [T, k]: written by forward
+  int32_t* chosen;  // [T, k]: written by forward, read by backward
+  const void* grad_weights;
+  int64_t grad_weights_stride;
+  void* grad_logits;  // [T, E]
+  int threads;
+};
+
+// The pairs by expert, stable; those whose expert is not in [0, experts) come last and have position -1.
+struct MoeSort {
+  int64_t pairs, experts;
+  const int32_t* chosen;               // [pairs]
+  int32_t *order, *position, *offs;    // [pairs], [pairs], [experts]
+};
+
+// to[r] = x[order[r] / top_k] (x[r] if order is null); zero for rows <= r < padded_rows.
+struct GatherRows {
+  DType dtype;
+  int64_t rows, padded_rows, dim;
+  const void* x;
+  int64_t x_stride;
+  const int32_t* order;
+  int64_t top_k;
+  void* to;  // [padded_rows, dim]
+  int threads;
+};
+
+// a = silu(gate) * up, with gate and up first multiplied by a factor for each row unless those are null.
+struct SwiGLU {
+  DType dtype;
+  int64_t rows, columns;
+  const void *gate, *up;
+  int64_t stride;
+  const float *gate_scale, *up_scale;
+  int64_t scale_stride;
+  void* a;
+  int64_t a_stride;
+  int threads;
+};
+
+// The gradients of SwiGLU's inputs from that of w * a, with w = weights[order[r]] the router's weight of row r.
+struct SwiGLUBackward {
+  DType dtype;
+  int64_t rows, padded_rows, dim;
+  bool interleaved;      // the columns of grad_h: gate and up in turns, or all of gate first
+  const void* grad_a;    // [rows, dim]: the gradient of w * a
+  const void* h;         // [rows, 2 * dim]: gate, then up
+  const void* weights;   // [pairs] in the accumulate dtype
+  const int32_t* order;  // [rows]
+  void* grad_h;          // [padded_rows, 2 * dim]; zero past `rows`
+  void* weighted_a;      // [padded_rows, dim] = w * a; zero past `rows`
+  void* grad_weights;    // [pairs] in the accumulate dtype
+  int threads;
+};
+
+// y_t = sum over j of weights[t, j] * z[position[t, j]], in the order of j; a position of -1 adds nothing.
+struct GatherSum {
+  DType dtype;
+  bool wide;  // z has the accumulate dtype
+  int64_t tokens, top_k, dim;
+  const void* z;
+  const int32_t* position;
+  const void* weights;  // accumulate dtype; null: 1
+  void* y;              // [T, dim]
+  int threads;
+};
+
+// y[r, n] = scale[e, n] * <x[order[r] / top_k], w[e, n]> for every row r of each group e of at most max_rows rows.
+struct ExpertRows {
+  DType dtype;
+  bool wide;         // y has the accumulate dtype
+  bool interleaved;  // column n of the product goes to n / 2 in the first (n even) or the second half of y
+  int64_t experts, rows, dim, width, max_rows;
+  const int32_t* offs;  // [experts]: where each group ends
+  const void* x;
+  int64_t x_stride;
+  const int32_t* order;  // null: row r of x
+  int64_t top_k;
+  const void* w;  // [experts, width, dim], int8 if there is a scale
+  int64_t w_expert, w_row;
+  const float* scale;  // [experts, width] or null
+  void* y;             // [rows, width]
+  int threads;
+};
+
+// to = x / 128: exact, and as harmless a factor for float16 sums as a usual weight.
+struct WidenInt8 {
+  DType dtype;
+  int64_t rows, dim;
+  const int8_t* x;
+  int64_t x_stride;
+  void* to;  // [rows, dim]
+  int threads;
+};
+
+// to[c, r] = scale[r] * x[r, c]; scale may be null.
+struct Transpose {
+  DType dtype;
+  bool wide;  // `to` has the accumulate dtype
+  int64_t rows, columns;
+  const void* x;
+  int64_t x_stride;
+  const float* scale;
+  int64_t scale_stride;
+  void* to;
+  int64_t to_stride;
+  int threads;
+};
+
 // One entry per kernel; every instruction set has a table of its own.
 struct Kernels {
   const char* name;
@@ -81,6 +200,16 @@ struct Kernels {
   void (*attention_decode)(const AttentionDecode&);
   void (*gated_rms_norm_forward)(const GatedRMSNorm&);
   void (*gated_rms_norm_backward)(const GatedRMSNorm&);
+  void (*moe_route_forward)(const MoeRoute&);
+  void (*moe_route_backward)(const MoeRoute&);
+  void (*moe_sort)(const MoeSort&);
+  void (*gather_rows)(const GatherRows&);
+  void (*swiglu_forward)(const SwiGLU&);
+  void (*swiglu_backward)(const SwiGLUBackward&);
+  void (*gather_sum)(const GatherSum&);
+  void (*expert_rows)(const ExpertRows&);
+  void (*widen_int8)(const WidenInt8&);
+  void (*transpose)(const Transpose&);
 };
 
 // The tables this machine can run, best first, ended by null.

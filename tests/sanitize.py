@@ -97,23 +97,41 @@ def with_triton() -> set[str]:
     return ran
 
 
-def with_cuda() -> set[str]:
-    """Aligned states and any others, in registers of several sizes -> the kernels that it launched."""
+def routing(dtype: torch.dtype, T: int, E: int, k: int) -> None:
+    """To experts and back, and sorted; with garbage for experts too."""
     from lightning_attn.backends import cuda
 
+    logits, dweights = normal(T, E, dtype=dtype), normal(T, k)
+    for renormalize in (True, False):
+        weights, experts = cuda.moe_route_forward(logits, k, renormalize)
+        finite(weights, cuda.moe_route_backward(dweights, logits, weights, experts, renormalize))
+    for found in (experts, experts * 3 - 2, experts.fill_(-(2**31))):
+        _, position, offs = cuda.moe_sort(found, E)
+        assert offs[-1] == (position >= 0).sum(), "not all pairs have a place"
+        cuda.moe_route_backward(dweights, logits, weights, found, False)
+
+
+def with_cuda() -> set[str]:
+    """Aligned states and any others, in registers of several sizes, and few pairs and many -> the kernels that it launched."""
+    from lightning_attn.backends import cuda
+    from lightning_attn.backends.cuda import launch
+
     ran: set[str] = set()
-    launch = cuda._launch
+    run = cuda._run
 
-    def noted(variant: tuple[str, ...], *rest: Any) -> None:
-        ran.add("_".join(("step", *variant)))
-        launch(variant, *rest)
+    def noted(launches: list[launch.Launch], *rest: Any) -> None:
+        ran.update(x.kernel.name for x in launches)
+        run(launches, *rest)
 
-    cuda._launch = noted
+    cuda._run = noted
     decode("cuda", torch.float32, torch.float32, 20, 36, tokens=1)
     decode("cuda", torch.float16, torch.bfloat16, 64, 64, tokens=3)
     decode("cuda", torch.bfloat16, torch.float32, 128, 128, tokens=1)
     decode("cuda", torch.bfloat16, torch.bfloat16, 256, 7, tokens=17)
-    cuda._launch = launch
+    routing(torch.float32, 7, 33, 33)
+    routing(torch.bfloat16, 2500, 32, 2)
+    routing(torch.float16, 3, 500, 8)
+    cuda._run = run
     return ran
 
 

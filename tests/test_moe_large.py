@@ -1,10 +1,14 @@
-"""Row 14 without a GPU: outputs and weights of more than 2^31 elements, on the CPU backend."""
+"""Row 14: rows, outputs and weights of more than 2^31 elements, on the CPU, and on a GPU where there is one."""
 
 import pytest
 import torch
+from gpu_support import DEVICE, GPU, draw, kernels, size, wait_for_room
+from support import HALF, dtypes_of
 
 from lightning_attn import grouped_gemm, moe_mlp
 from lightning_attn.backends import load
+
+HALF_DTYPE = next((dtype for dtype in HALF if dtype in dtypes_of("triton")), None)  # bfloat16, if it can
 
 ROWS, COLUMNS = 46_400, 46_400  # 2.15e9 elements, of which only some are looked at
 
@@ -53,3 +57,32 @@ def test_routing_more_logits():
     weights, experts = load("cpu").moe_route_forward(logits, 2, True)
     assert experts[-1].tolist() == [E - 1, 0] and experts[0].tolist() == [0, 1]
     assert weights[-1, 0] > weights[-1, 1]
+
+
+@kernels
+@pytest.mark.op("grouped_gemm_forward")
+@pytest.mark.parametrize("N, K", [(size(40_000, 24), 64), (64, size(40_000, 40))], ids=["output", "input"])
+def test_on_a_gpu(backend: str, N: int, K: int) -> None:
+    """Rows of a large product and of the gradient of x are those of the product of the rows alone, near the ends too; so is the
+    gradient of the weight of a group at the far end.
+    """
+    M = size(60_000, 90)
+    wait_for_room(30)
+    x, w, dy = (draw(*shape, dtype=HALF_DTYPE) for shape in ((M, K), (2, N, K), (M, N)))
+    assert max(x.numel(), dy.numel()) > (2**31 if GPU else 0)
+    offs = torch.tensor([M // 2, M - 3], dtype=torch.int32, device=DEVICE)
+
+    def results(x, dy, offs):
+        leaves = [t.detach().requires_grad_() for t in (x, w)]
+        y = grouped_gemm(*leaves, offs, backend=backend)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    far = torch.arange(M - 20, M - 3, device=DEVICE)
+    y, dx, dw = results(x, dy, offs)
+    alone = results(x[far], dy[far], torch.tensor([0, 17], dtype=torch.int32, device=DEVICE))
+    torch.testing.assert_close(y[far], alone[0], rtol=0.02, atol=0.5)
+    torch.testing.assert_close(dx[far], alone[1], rtol=0.02, atol=0.5)
+    assert not y[-3:].any() and not dx[-3:].any()
+    rows = slice(M // 2, M - 3)
+    expected = dy[rows].mT.float()[:8] @ x[rows].float()
+    torch.testing.assert_close(dw[1, :8].float(), expected, rtol=0.02, atol=2.0)

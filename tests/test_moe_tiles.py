@@ -98,6 +98,21 @@ def test_few_programs_take_all_tiles(monkeypatch):
             assert_same_bits(y, expected[name], name)
 
 
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_the_order_of_tiles_does_not_matter(every_product, monkeypatch, together):
+    """Bands of few tiles of rows, the last of a group not full: the bits of tiles in any other order."""
+    every_product("small", "float32" if not HERE else "host")
+    monkeypatch.setattr(
+        moe_config, "_WEIGHT_GRADIENT", {"host": replace(moe_config._SMALL["host"], block=16, value=16)}
+    )
+    a = make_groups((40, 0, 330, 5), N=150, K=32, rest=4)
+    expected = run_gemm(a, "triton")
+    monkeypatch.setattr(moe_config, "TOGETHER", together)
+    for name, y in run_gemm(a, "triton").items():
+        assert_same_bits(y, expected[name], name)
+    check_gemm(expected, a)
+
+
 def test_offsets_that_lie_lead_nowhere():
     """Where nothing is checked: offsets that fall, are negative or past the end read and write nothing outside."""
     from lightning_attn.backends import load

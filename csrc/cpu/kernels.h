@@ -12,6 +12,16 @@ void attention_backward(const AttentionBackward&);
 void attention_decode(const AttentionDecode&);
 void gated_rms_norm_forward(const GatedRMSNorm&);
 void gated_rms_norm_backward(const GatedRMSNorm&);
+void moe_route_forward(const MoeRoute&);
+void moe_route_backward(const MoeRoute&);
+void moe_sort(const MoeSort&);
+void gather_rows(const GatherRows&);
+void swiglu_forward(const SwiGLU&);
+void swiglu_backward(const SwiGLUBackward&);
+void gather_sum(const GatherSum&);
+void expert_rows(const ExpertRows&);
+void widen_int8(const WidenInt8&);
+void transpose(const Transpose&);
 
 template <class T>
 struct TypeTag {

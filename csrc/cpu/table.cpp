@@ -8,8 +8,22 @@ namespace lightning {
 namespace LIGHTNING_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {LIGHTNING_NAME(LIGHTNING_ISA), attention_forward,      attention_backward,
-                         attention_decode,              gated_rms_norm_forward, gated_rms_norm_backward};
+const Kernels kernels = {LIGHTNING_NAME(LIGHTNING_ISA),
+                         attention_forward,
+                         attention_backward,
+                         attention_decode,
+                         gated_rms_norm_forward,
+                         gated_rms_norm_backward,
+                         moe_route_forward,
+                         moe_route_backward,
+                         moe_sort,
+                         gather_rows,
+                         swiglu_forward,
+                         swiglu_backward,
+                         gather_sum,
+                         expert_rows,
+                         widen_int8,
+                         transpose};
 
 }  // namespace LIGHTNING_ISA
 }  // namespace lightning

@@ -7,10 +7,7 @@
 // kRowThreads-th row, asks for all of them before it uses one, and eight threads ask for 128 bytes of a row. Blocks are
 // small, so that several heads are in flight on a multiprocessor, and one sequence of 64 heads still occupies all of them.
 //
-// One source for nvcc (ahead of time) and NVRTC (at first use): it includes nothing. Offsets are 64-bit.
-
-typedef long long int64;
-typedef float float32;
+// One source for nvcc (ahead of time) and NVRTC (at first use), behind prelude.cuh. Offsets are 64-bit.
 
 // One [B, T, H, D] operand whose last dimension is dense; strides count elements.
 struct Operand {
@@ -29,30 +26,9 @@ struct Decode {
   double scale;
 };
 
-constexpr int kThreads = 256;
 constexpr int kLanes = 8;                       // threads along a row of the state
 constexpr int kRowThreads = kThreads / kLanes;  // and along a column
-constexpr int kWarps = kThreads / 32;
-constexpr int kTokens = 8;  // whose sums wait for each other at a time
-
-#ifdef __CUDACC__  // else the emulator says what these are
-struct bfloat16 {
-  unsigned short bits;
-};
-struct float16 {
-  unsigned short bits;
-};
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(bfloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
-__device__ inline float widen(float16 x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-  return y;
-}
-__device__ inline void narrow(float x, float& y) { y = x; }
-__device__ inline void narrow(float x, bfloat16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-__device__ inline void narrow(float x, float16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-#endif
+constexpr int kTokens = 8;                      // whose sums wait for each other at a time
 
 // What a thread reads or writes of the state at once: 16 bytes, or as much element by element.
 template <class S>
@@ -164,7 +140,7 @@ __device__ inline void step(const Decode& p, int64 batch, int64 head, int tile, 
       for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
         for (int distance = kLanes; distance < 32; distance *= 2)
-          sum[c] += __shfl_xor_sync(0xffffffffu, sum[c], distance);
+          sum[c] += __shfl_xor_sync(kAll, sum[c], distance);
         if (threadIdx.x % 32 < kLanes) partial[(t * kWarps + threadIdx.x / 32) * kWidth + lane * kColumns + c] = sum[c];
       }
     }
@@ -197,22 +173,16 @@ __device__ inline void steps(const Decode& p, float* partial) {
     step<T, S, ROWS, ALIGNED>(p, program / tiles / p.heads, program / tiles % p.heads, int(program % tiles), partial);
 }
 
-#ifndef STEP
 // Blocks that a multiprocessor should hold: registers for the state and 48 to 64 more a thread.
 template <int FLOATS>
 constexpr int kBlocks = FLOATS <= 8 ? 4 : FLOATS <= 16 ? 3 : 2;
 
-#define STEP(T, S, ROWS, ACCESS, ALIGNED)                                                 \
-  extern "C" __global__ void __launch_bounds__(kThreads, kBlocks<ROWS * Vector<S>::size>) \
-      step_##T##_##S##_##ROWS##_##ACCESS(const __grid_constant__ Decode p) {              \
-    extern __shared__ float partial[];                                                    \
-    steps<T, S, ROWS, ALIGNED>(p, partial);                                               \
-  }
-#endif
+#define STEP(T, S, ROWS, ACCESS, ALIGNED)                                                              \
+  KERNEL(step_##T##_##S##_##ROWS##_##ACCESS, Decode, (kBlocks<ROWS * Vector<S>::size>), float,         \
+         steps<T, S, ROWS, ALIGNED>)
 
-#ifdef LIGHTNING_STEP  // the arguments of STEP: one kernel only, for NVRTC
-#define STEP_ONLY(...) STEP(__VA_ARGS__)
-STEP_ONLY(LIGHTNING_STEP)
+#ifdef LIGHTNING_KERNEL  // one kernel only, for NVRTC: STEP with its arguments
+LIGHTNING_KERNEL
 #else
 #define STEP_ROWS(T, S)         \
   STEP(T, S, 1, aligned, true)  \

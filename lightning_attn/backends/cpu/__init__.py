@@ -10,6 +10,16 @@ from lightning_attn import _C
 
 from ...dispatch import Spec, accumulation_dtype
 from .. import threads
+from .launch import DTYPES, empty
+from .moe import (
+    grouped_gemm_backward,
+    grouped_gemm_forward,
+    moe_mlp_backward,
+    moe_mlp_forward,
+    moe_route_backward,
+    moe_route_forward,
+    moe_sort,
+)
 
 __all__ = [
     "attention_backward",
@@ -17,20 +27,19 @@ __all__ = [
     "attention_forward",
     "gated_rms_norm_backward",
     "gated_rms_norm_forward",
+    "grouped_gemm_backward",
+    "grouped_gemm_forward",
     "instruction_set",
+    "moe_mlp_backward",
+    "moe_mlp_forward",
+    "moe_route_backward",
+    "moe_route_forward",
+    "moe_sort",
     "supports",
     "unavailable",
 ]
 
 MAX_HEAD_DIM = 256
-_HUGE_BYTES = 1 << 22  # as NumPy does
-
-_DTYPES = {
-    torch.float64: _C.DType.float64,
-    torch.float32: _C.DType.float32,
-    torch.bfloat16: _C.DType.bfloat16,
-    torch.float16: _C.DType.float16,
-}
 
 
 def instruction_set() -> str:
@@ -47,8 +56,11 @@ def supports(spec: Spec) -> list[str]:
     reasons = []
     if spec.device != "cpu":
         reasons.append(f"it runs on CPU tensors, not on {spec.device}")
-    if spec.dtype not in _DTYPES:
+    if spec.op != "moe_sort" and spec.dtype not in DTYPES:  # that is of integers
         reasons.append(f"it takes float64, float32, bfloat16 or float16, not {spec.dtype}")
+    experts = spec.op.startswith(("grouped_gemm", "moe_mlp"))
+    if experts and spec.state_dtype not in (spec.dtype, torch.int8):
+        reasons.append(f"it takes expert matrices of the inputs' dtype or int8, not {spec.state_dtype}")
     if spec.op.startswith("attention"):
         for name, dim in (("K", spec.K), ("V", spec.V)):
             if not 1 <= dim <= MAX_HEAD_DIM:
@@ -71,7 +83,7 @@ def _shape(q: Tensor, v: Tensor, decay: Tensor, scale: float, cu_seqlens: Tensor
         (batch, 0) if cu_seqlens is None else (cu_seqlens.shape[0] - 1, cu_seqlens.data_ptr())
     )
     return (
-        _DTYPES[q.dtype], batch, tokens, heads, key_dim, v.shape[3],
+        DTYPES[q.dtype], batch, tokens, heads, key_dim, v.shape[3],
         sequences, offsets, decay.data_ptr(), scale, threads(),
     )  # fmt: skip
 
@@ -81,11 +93,7 @@ def _int64(x: Tensor | None) -> Tensor | None:
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    """Uninitialised contiguous memory for an output of x's shape and dtype, on huge pages where that pays."""
-    out = x.new_empty(x.shape)
-    if out.nbytes >= _HUGE_BYTES:
-        _C.advise_huge_pages(out.data_ptr(), out.nbytes)
-    return out
+    return empty(x, *x.shape)
 
 
 def _new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -143,7 +151,7 @@ def attention_decode(
     _C.attention_decode(
         _shape(q, v, decay, scale, None),
         _operand(q), _operand(k), _operand(v), _operand(o),
-        _DTYPES[state.dtype], _state(state), state.shape[0], 0 if slots is None else slots.data_ptr(),
+        DTYPES[state.dtype], _state(state), state.shape[0], 0 if slots is None else slots.data_ptr(),
     )  # fmt: skip
     return o
 
@@ -158,7 +166,7 @@ def _norm_arguments(
 ) -> tuple[tuple, Tensor, Tensor, Tensor]:
     x, gate, weight = _matrix(x), _matrix(gate), weight.to(accumulation_dtype(x.dtype))
     rows, dim = x.shape
-    sizes = (_DTYPES[x.dtype], rows, dim, x.stride(0), gate.stride(0), dim, eps, threads())
+    sizes = (DTYPES[x.dtype], rows, dim, x.stride(0), gate.stride(0), dim, eps, threads())
     return sizes, x, gate, weight
 
 
