@@ -94,8 +94,8 @@ struct MoeRoute {
 // The pairs by expert, stable; those whose expert is not in [0, experts) come last and have position -1.
 struct MoeSort {
   int64_t pairs, experts;
-  const int32_t* chosen;               // [pairs]
-  int32_t *order, *position, *offs;    // [pairs], [pairs], [experts]
+  const int32_t* chosen;             // [pairs]
+  int32_t *order, *position, *offs;  // [pairs], [pairs], [experts]
 };
 
 // to[r] = x[order[r] / top_k] (x[r] if order is null); zero for rows <= r < padded_rows.

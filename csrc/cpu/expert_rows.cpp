@@ -18,11 +18,15 @@ LIGHTNING_INLINE Vector<Acc> load_weights(const W* p) {
   if constexpr (std::is_same_v<W, int8_t>) {
     Vector<Acc> v;
 #if defined(__AVX512F__) && defined(LIGHTNING_GNU_VECTORS)
-    if constexpr (std::is_same_v<Acc, float>)
-      return (Vector<Acc>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    if constexpr (std::is_same_v<Acc, float>) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+      return (Vector<Acc>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+    }
 #elif defined(__AVX2__) && defined(LIGHTNING_GNU_VECTORS)
-    if constexpr (std::is_same_v<Acc, float>)
-      return (Vector<Acc>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    if constexpr (std::is_same_v<Acc, float>) {
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+      return (Vector<Acc>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+    }
 #endif
     for (int i = 0; i < kWidth<Acc>; ++i) v[i] = Acc(p[i]);
     return v;
@@ -40,7 +44,8 @@ LIGHTNING_INLINE Vector<Acc> load_first_weights(const W* p, int64_t count) {
 
 // sums[n][m] = <w_n, x_m>; the rows of x are padded with zeros to whole vectors.
 template <int N, int M, class Acc, class W>
-LIGHTNING_INLINE void products(const Acc* x, int64_t x_stride, const W* w, int64_t w_stride, int64_t dim, Acc (&sums)[N][M]) {
+LIGHTNING_INLINE void products(const Acc* x, int64_t x_stride, const W* w, int64_t w_stride, int64_t dim,
+                               Acc (&sums)[N][M]) {
   constexpr int64_t kLanes = kWidth<Acc>;
   Vector<Acc> acc[N][M] = {};
   const auto step = [&](int64_t k, const Vector<Acc>(&row)[N]) {

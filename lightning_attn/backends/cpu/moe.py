@@ -1,10 +1,10 @@
-"""The mixture of experts on the CPU: torch.mm for groups of many rows, csrc/cpu for few rows and for all between products.
+"""The mixture of experts on the CPU: torch.mm for groups of many rows, csrc/cpu for few and between products.
 
-What was measured (two cores with AVX-512 and AMX, D = 1024, F = 1536, 16 experts of 256 rows; ms, all experts):
-- `torch.nn.functional.grouped_mm` is a loop over torch.mm, never faster by more than 2 % and up to 1.9 times slower (its dw;
-  float32 gate_up 138 against 99), and refuses float64. Hence torch.mm here.
-- w @ x^T beats x @ w^T, which packs w: gate_up 88 against 95 in float32, 13 against 19 in bfloat16. So the forward keeps its
-  activations transposed between the products.
+What was measured (two cores with AVX-512 and AMX, D = 1024, F = 1536, 16 experts of 256 rows; ms for all):
+- `torch.nn.functional.grouped_mm` is a loop over torch.mm: at best 4 % faster, up to 1.9 times slower (dw),
+  and it refuses float64. Hence torch.mm here.
+- w @ x^T beats x @ w^T, for which w is packed: gate_up 88 against 95 in float32, 13 against 19 in bfloat16.
+  So the forward keeps its activations transposed between the products.
 - dy^T @ x wants dy^T in memory in bfloat16: 12 against 28; in float32 it makes no difference.
 - The time hangs on the number of rows, which is therefore rounded up: see moe_steps.
 """
@@ -35,7 +35,7 @@ from .moe_steps import (
     transpose,
 )
 
-# Up to how many rows `expert_rows` is faster than torch.mm (measured), by the dtype of the matrices; AMX is early.
+# Up to how many rows `expert_rows` beats torch.mm (measured), by the dtype of the matrices; AMX wins early.
 _FEW = {torch.float64: 16, torch.float32: 16, torch.bfloat16: 4, torch.float16: 16, torch.int8: 12}
 _CHUNK = 1024  # rows that the forward takes at a time, which bounds its buffers
 
@@ -65,9 +65,9 @@ def moe_route_backward(
     dlogits = logits.new_empty(logits.shape)
     dweights = dweights.to(weights.dtype)
     _C.moe_route_backward((
-        DTYPES[logits.dtype], *logits.shape, weights.shape[1], renormalize, logits.data_ptr(), logits.stride(0),
-        weights.data_ptr(), experts.data_ptr(), dweights.data_ptr(), dweights.stride(0), dlogits.data_ptr(),
-        threads(),
+        DTYPES[logits.dtype], *logits.shape, weights.shape[1], renormalize,
+        logits.data_ptr(), logits.stride(0), weights.data_ptr(), experts.data_ptr(),
+        dweights.data_ptr(), dweights.stride(0), dlogits.data_ptr(), threads(),
     ))  # fmt: skip
     return dlogits
 
@@ -210,7 +210,7 @@ def _groups(offs: Tensor, rows: int) -> list[_Group]:
 
 
 def _split(offs: Tensor, rows: int, *matrices: Tensor) -> tuple[list[_Group], list[_Group], int]:
-    """The groups of so few rows that reading their matrices takes the time, and the others; the limit between them."""
+    """The groups of so few rows that reading their matrices takes the time, the others, and the limit."""
     limit = _FEW[matrices[0].dtype] if all(w.stride(2) == 1 or w.shape[2] == 1 for w in matrices) else 0
     groups = _groups(offs, rows)
     few = [group for group in groups if group.end - group.begin <= limit]

@@ -7,24 +7,27 @@ from .. import Expert, threads
 from . import _C
 from .launch import DTYPES, empty
 
-# What the number of rows of a product is rounded up to. oneDNN compiles a kernel for each number of rows of 16-bit operands:
-# 2 ms, more than the product. Where the rows lie along memory, MKL wants whole cache lines: the forward takes 133 ms in
-# float32, not 150.
+# What the number of rows of a product is rounded up to. oneDNN compiles a kernel for each number of rows of
+# 16-bit operands: 2 ms, more than the product. Where the rows lie along memory, MKL wants whole cache lines:
+# the forward takes 133 ms in float32, not 150.
 _ROUND = {torch.float64: 1, torch.float32: 1, torch.bfloat16: 32, torch.float16: 16}
 _ROUND_ALONG = {torch.float64: 8, torch.float32: 16, torch.bfloat16: 32, torch.float16: 16}
 
 
 def rounded(rows: int, dtype: torch.dtype, along: bool = False) -> int:
-    """How many rows to give to a product, instead of `rows`; those that are added do not count. `along`: the rows of the
-    result are to lie along memory.
+    """How many rows to give to a product, instead of `rows`; those that are added do not count.
+
+    `along`: the rows of the result are to lie along memory.
     """
     step = (_ROUND_ALONG if along else _ROUND)[dtype]
     return -(-rows // step) * step
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b. With AMX oneDNN reads bfloat16 rows in blocks of 32, and what lies behind a row of another length gets into
-    the result where it is NaN or infinite (torch 2.13). So such rows get zeros behind them.
+    """a @ b.
+
+    With AMX oneDNN reads bfloat16 rows in blocks of 32, and what lies behind a row of another length gets
+    into the result where it is NaN or infinite (torch 2.13). So such rows get zeros behind them.
     """
     if a.dtype == torch.bfloat16 and (odd := -a.shape[1] % 32):
         a, b = torch.nn.functional.pad(a, (0, odd)), torch.nn.functional.pad(b, (0, 0, 0, odd))
@@ -32,11 +35,11 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def gather(x: Tensor, pairs: Tensor | None, top_k: int, rows: int, along: bool = False) -> Tensor:
-    """The rows of x that `pairs` belong to (the first ones if None), then zeros up to the rounded number of rows."""
+    """The rows of x that `pairs` belong to (the first ones if None), then zeros up to the rounded number."""
     to = empty(x, rounded(rows, x.dtype, along), x.shape[1])
     _C.gather_rows((
-        DTYPES[x.dtype], rows, *to.shape, x.data_ptr(), x.stride(0), 0 if pairs is None else pairs.data_ptr(), top_k,
-        to.data_ptr(), threads(),
+        DTYPES[x.dtype], rows, *to.shape, x.data_ptr(), x.stride(0),
+        0 if pairs is None else pairs.data_ptr(), top_k, to.data_ptr(), threads(),
     ))  # fmt: skip
     return to
 
@@ -65,8 +68,8 @@ def swiglu(
     gate_address, stride = _scale(gate_scale)
     up_address, _ = _scale(up_scale)
     _C.swiglu_forward((
-        DTYPES[a.dtype], *a.shape, gate.data_ptr(), up.data_ptr(), gate.stride(0), gate_address, up_address, stride,
-        a.data_ptr(), a.stride(0), threads(),
+        DTYPES[a.dtype], *a.shape, gate.data_ptr(), up.data_ptr(), gate.stride(0),
+        gate_address, up_address, stride, a.data_ptr(), a.stride(0), threads(),
     ))  # fmt: skip
 
 
@@ -108,7 +111,8 @@ def expert_rows(
     _C.expert_rows((
         DTYPES[x.dtype], y.dtype != x.dtype, interleaved, experts, len(y), dim, width, max_rows,
         offs.data_ptr(), x.data_ptr(), x.stride(0), 0 if order is None else order.data_ptr(), top_k,
-        w.weight.data_ptr(), w.weight.stride(0), w.weight.stride(1), _scale(w.scale)[0], y.data_ptr(), threads(),
+        w.weight.data_ptr(), w.weight.stride(0), w.weight.stride(1), _scale(w.scale)[0],
+        y.data_ptr(), threads(),
     ))  # fmt: skip
 
 

@@ -129,7 +129,7 @@ def moe_mlp_backward(
     for e, rows in _groups(routing.offs, len(pair)):
         w = weights.view(-1)[pair[rows], None].to(acc)
         dy_ = dy[token[rows]].to(acc)
-        g, u = (part.to(acc) for part in h[rows].split(F, 1))
+        g, u = (part.to(acc) for part in (h[rows, :F], h[rows, F:]))
         gate = torch.sigmoid(g)
         s = g * gate
         da = dy_ @ down[e].to(acc)  # of the activation, but for the router's weight
