@@ -37,7 +37,7 @@ def expert_up_kernel(
     BLOCK: tl.constexpr, HALVINGS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    column_tiles: tl.constexpr = tl.cdiv(N, BLOCK_N)
+    column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     groups = group_tiles(offs, rows, column_tiles, E, BLOCK_E, BLOCK)
     for tile in range(program_index(), tl.max(groups[2], 0), programs):
         e, row, left, column_tile = locate_tile(groups, tile, column_tiles, BLOCK, TOGETHER)

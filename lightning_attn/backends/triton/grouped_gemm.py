@@ -30,7 +30,7 @@ def grouped_gemm_kernel(
     BLOCK: tl.constexpr, HALVINGS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    column_tiles: tl.constexpr = tl.cdiv(N, BLOCK_N)
+    column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     groups = group_tiles(offs, rows, column_tiles, E, BLOCK_E, BLOCK)
     for tile in range(program_index(), tl.max(groups[2], 0), programs):
         e, row, left, column_tile = locate_tile(groups, tile, column_tiles, BLOCK, TOGETHER)
@@ -59,8 +59,8 @@ def weight_gradient_kernel(
     index = program_index()
     if index >= programs:
         return
-    n_tiles: tl.constexpr = tl.cdiv(N, BLOCK_N)
-    k_tiles: tl.constexpr = tl.cdiv(K, BLOCK_K)
+    n_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    k_tiles: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     e = (index // (n_tiles * k_tiles)).to(tl.int32)
     local = (index % (n_tiles * k_tiles)).to(tl.int32)
     band = local // (TOGETHER * k_tiles)  # of tiles of rows, as in `locate_tile`

@@ -34,7 +34,7 @@ def moe_gather_kernel(
     index = program_index()
     if index >= programs:
         return
-    strips: tl.constexpr = tl.cdiv(D, BLOCK_D)
+    strips: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     row = (index // strips) * ROWS + tl.arange(0, ROWS)
     column = ((index % strips) * BLOCK_D).to(tl.int32) + tl.arange(0, BLOCK_D)
     end = tl.minimum(tl.load(offs + E - 1), pairs)
@@ -56,7 +56,7 @@ def moe_gather_sum_kernel(
     index = program_index()
     if index >= programs:
         return
-    strips: tl.constexpr = tl.cdiv(D, BLOCK_D)
+    strips: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     t = (index // strips) * ROWS + tl.arange(0, ROWS)
     column = ((index % strips) * BLOCK_D).to(tl.int32) + tl.arange(0, BLOCK_D)
     pair = t.to(tl.int64) * TOP_K
