@@ -31,6 +31,8 @@ class Spec:
     def function(self) -> str:
         """The public function that `op` belongs to."""
         name = self.op.removesuffix("_forward").removesuffix("_backward")
+        if name == "moe_sort":
+            return "moe_mlp"
         return f"lightning_{name}" if name.startswith("attention") else name
 
 

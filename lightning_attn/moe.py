@@ -98,7 +98,8 @@ def moe_mlp(
         backend: as for `lightning_attention`.
 
     Returns:
-        y [T, D] in x's dtype. Sums are kept in float32 (float64 for float64); the activation is rounded to x's dtype.
+        y [T, D] in x's dtype. Sums are kept in float32 (float64 for float64); activations are rounded to x's dtype, as are
+        pre-activations for the backward and in the products of "cpu": in float16 they must stay below 65504.
 
     Under autocast x, gate_up and down are cast to its dtype (float64 and int8 are left alone).
 
@@ -108,7 +109,10 @@ def moe_mlp(
             expert out of range adds nothing.
     """
     validation.types("moe_mlp", backend, x=x, weights=weights, experts=experts)
+    given = x.dtype
     (x,) = autocast(x)
+    if x.dtype != given and weights.dtype == given:  # which is allowed, as is float32
+        weights = weights.to(torch.float32)
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         gate_up, down = autocast(gate_up, down)
     validation.moe_mlp(x, gate_up, down, weights, experts, layout)
@@ -150,7 +154,7 @@ def _quantize(name: str, w: Tensor) -> Quantized:
         wide = matrix.to(accumulation_dtype(w.dtype))
         largest = wide.abs().amax(1) if w.shape[2] else wide.new_zeros(w.shape[1])
         scale = (largest / 127).to(torch.float32)
-        if ops.check_values(w):
+        if ops.check_values(w) and not torch.compiler.is_compiling():
             validation.finite_expert("quantize_experts", name, e, scale)
         # A row of zeros has a scale of one, as has one so small that the scale would be subnormal.
         scales[e] = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1)
@@ -176,8 +180,8 @@ def load_balancing_loss(logits: Tensor, experts: Tensor) -> Tensor:
     validation.load_balancing_loss(logits, experts)
     T, E = logits.shape
     dtype = accumulation_dtype(logits.dtype)
-    counts = logits.new_zeros(E, dtype=dtype)
-    counts = counts.index_add(0, experts.flatten().long(), torch.ones_like(experts, dtype=dtype).flatten())
+    one = torch.ones_like(experts, dtype=torch.int64).flatten()  # float32 cannot count beyond 2^24
+    counts = one.new_zeros(E).index_add(0, experts.flatten().long(), one).to(dtype)
     m = logits.softmax(-1, dtype=dtype).sum(0)
     return (counts * m).sum() / (E * max(T, 1) ** 2)
 

@@ -218,3 +218,26 @@ def test_gradcheck(backend, dtype, layout):
 
     leaves = [t.clone().requires_grad_() for t in (a.x, a.gate_up, a.down)]
     assert torch.autograd.gradcheck(block, (*leaves, logits))
+
+
+@pytest.mark.parametrize("T", [2, 30])
+def test_a_gate_beyond_float16_has_gradients(backend, T):
+    """Far below zero it is shut: y and the gradients are zero, not NaN."""
+    device = device_of(backend)
+    x = torch.full((T, 64), 200.0, dtype=torch.float16, device=device, requires_grad=True)
+    gate_up = torch.cat([torch.full((1, 8, 64), -8.0), torch.full((1, 8, 64), 0.001)], 1).half().to(device)
+    down = torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(0)).half().to(device)
+    experts = torch.zeros(T, 1, dtype=torch.int32, device=device)
+    y = moe_mlp(x, gate_up, down, torch.ones(T, 1, device=device), experts, backend=backend)
+    (dx,) = torch.autograd.grad(y.float().sum(), x)
+    assert not y.any() and not dx.any()
+
+
+def test_what_no_32_bits_hold_is_no_expert(backend, monkeypatch):
+    """Where nothing is checked, an expert out of range adds nothing, whatever its lowest bits say."""
+    monkeypatch.setattr("lightning_attn.ops.moe.check_values", lambda x: False)
+    a = make_experts(T=20).to(device_of(backend))
+    for far in (2**32, -(2**32), 2**33 + 5, 5, -1):
+        experts = torch.full_like(a.experts, 0, dtype=torch.int64) + far
+        y = moe_mlp(a.x, a.gate_up, a.down, a.weights, experts, backend=backend)
+        assert not y.any(), far

@@ -113,6 +113,11 @@ def test_large_logits_do_not_overflow(backend):
     logits = torch.tensor([[1e38, -1e38, 1e38], [-3e38, -3e38, -3e38]], device=device)
     weights, experts = moe_route(logits, 2, backend=backend)
     assert weights.tolist() == [[0.5, 0.5], [0.5, 0.5]] and experts.tolist() == [[0, 2], [0, 1]]
+    logits = torch.tensor([[1e8, 1e8, 0.0]], device=device, requires_grad=True)
+    weights, _ = moe_route(logits, 1, renormalize=False, backend=backend)
+    assert weights.tolist() == [[0.5]]  # nothing is rounded at the magnitude of the logits
+    weights.sum().backward()
+    assert logits.grad.tolist() == [[0.25, -0.25, 0]]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -252,6 +257,13 @@ def test_router_z_loss():
 def test_losses_of_no_tokens_are_zero():
     assert load_balancing_loss(torch.zeros(0, 4), torch.zeros(0, 2, dtype=torch.int32)) == 0
     assert router_z_loss(torch.zeros(0, 4)) == 0
+
+
+def test_choices_are_counted_exactly():
+    """More than 2^24 of one expert."""
+    T = 2**24 + 2**20
+    loss = load_balancing_loss(torch.zeros(T, 1), torch.zeros(T, 1, dtype=torch.int32))
+    torch.testing.assert_close(loss, torch.tensor(1.0))
 
 
 def test_losses_of_16_bit_logits_are_float32():

@@ -91,3 +91,27 @@ def test_is_not_differentiable(backend):
             moe_mlp(tensors["x"], *pairs, tensors["weights"], a.experts, backend=backend)
         with torch.no_grad():
             moe_mlp(tensors["x"], *pairs, tensors["weights"], a.experts, backend=backend)
+
+
+@pytest.mark.parametrize("T", [5, 40])
+def test_float16_sums_do_not_overflow_before_they_are_scaled(variant, T):
+    """Sums of int8 are large, their scales small."""
+    device = device_of(variant)
+    gate_up, down = torch.full((1, 4, 256), 1e-5, device=device), torch.ones(1, 256, 2, device=device)
+    x = torch.full((T, 256), 600.0, dtype=torch.float16, device=device)
+    experts = torch.zeros(T, 1, dtype=torch.int32, device=device)
+    y = moe_mlp(
+        x, *quantize_experts(gate_up, down), torch.ones(T, 1, device=device), experts, backend=variant
+    )
+    expected = 2 * torch.nn.functional.silu(torch.tensor(1.536)) * 1.536
+    torch.testing.assert_close(
+        y.cpu(), torch.full((T, 256), expected.item(), dtype=torch.float16), rtol=2e-3, atol=0
+    )
+
+
+def test_compiles_in_one_graph(no_compiled_code):
+    a = make_experts()
+    call = torch.compile(quantize_experts, fullgraph=True, backend="aot_eager")
+    for x, y in zip(call(a.gate_up, a.down), quantize_experts(a.gate_up, a.down), strict=True):
+        assert_same_bits(x[0], y[0])
+        assert_same_bits(x[1], y[1])

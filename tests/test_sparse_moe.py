@@ -188,3 +188,41 @@ def test_wrong_input(moe):
         moe(torch.zeros(3, 47))
     with pytest.raises(TypeError, match="SparseMoE: expected x to be a torch.Tensor, got list"):
         moe([1.0])
+
+
+def test_int8_and_floating_point_experts_are_not_mixed_up(moe):
+    """A state dict of the other kind is an error, strict or not, and nothing is copied."""
+    q = copy.deepcopy(moe).quantize()
+    for target, source, kind in (
+        (q, moe.state_dict(), "int8"),
+        (q, moe.checkpoint_state_dict(), "int8"),
+        (moe, q.state_dict(), "floating-point"),
+    ):
+        before = {name: t.clone() for name, t in target.state_dict().items()}
+        for strict in (True, False):
+            with pytest.raises(RuntimeError, match=f"expected gate_up_proj to be {kind}"):
+                target.load_state_dict(source, strict=strict)
+        for name, t in target.state_dict().items():
+            if "proj" in name:
+                assert_same_bits(t, before[name], name)
+
+
+def test_scales_stay_float32_without_memory(moe):
+    """Quantised on the meta device, cast, given memory, loaded."""
+    with torch.device("meta"):
+        empty = SparseMoE(D, F, E, K).quantize()
+    empty = empty.to(torch.bfloat16)
+    assert empty.gate_up_scale.is_meta and empty.gate_up_scale.dtype == torch.float32
+    empty = empty.to_empty(device="cpu")
+    half = copy.deepcopy(moe).to(torch.bfloat16).quantize()
+    empty.load_state_dict(half.state_dict())
+    with torch.no_grad():
+        x = inputs(5, dtype=torch.bfloat16)
+        assert_same_bits(empty(x), half(x))
+    with pytest.raises(ValueError, match="expected floating-point experts to reset"):
+        half.reset_parameters()
+
+
+def test_what_is_no_tensor_is_reported(moe):
+    with pytest.raises(RuntimeError, match="gate_up_proj"):
+        moe.load_state_dict(moe.checkpoint_state_dict() | {"experts.0.w1.weight": "no tensor"})

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from .. import validation
 from ..moe import Quantized, moe_mlp, moe_route, quantize_experts
 
+MATRICES, SCALES = ("gate_up_proj", "down_proj"), ("gate_up_scale", "down_scale")
+
 
 class SparseMoE(nn.Module):
     """The mixture of experts of MiniMax-Text-01 (arXiv 2501.08313):
@@ -50,6 +52,8 @@ class SparseMoE(nn.Module):
 
     def reset_parameters(self) -> None:
         """Each expert's matrices as those of `nn.Linear`."""
+        if self.quantized:
+            raise ValueError("SparseMoE: expected floating-point experts to reset, got int8")
         self.gate.reset_parameters()
         for w in (self.gate_up_proj, self.down_proj):
             bound = w.shape[2] ** -0.5
@@ -108,12 +112,15 @@ class SparseMoE(nn.Module):
         return (self.gate_up_proj, self.gate_up_scale), (self.down_proj, self.down_scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseMoE":
-        scales = self.gate_up_scale, self.down_scale
+        scales = {name: getattr(self, name) for name in SCALES if self.quantized}
         super()._apply(fn, recurse)
-        device = self.gate_up_proj.device
-        for name, scale in zip(("gate_up_scale", "down_scale"), scales, strict=True):
-            if scale is not None and not scale.is_meta:  # .to(dtype) would round it
-                setattr(self, name, scale.to(device))
+        for name, before in scales.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:  # .to(dtype) would round it
+                kept = (
+                    torch.empty_like(after, dtype=before.dtype) if before.is_meta else before.to(after.device)
+                )
+                setattr(self, name, kept)
         return self
 
     def extra_repr(self) -> str:
@@ -125,11 +132,22 @@ def _name(e: int, part: str) -> str:
     return f"experts.{e}.{part}.weight"
 
 
-def _rename(module: SparseMoE, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _rename(module: SparseMoE, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Other names of the experts' matrices -> ours. What is incomplete or of unequal shapes is left, to be reported as
-    missing and unexpected.
+    missing and unexpected; int8 where the module has floating-point experts, or these where it has int8, is an error.
     """
-    for name in ("gate_up_proj", "down_proj"):
+    _stack(module, state_dict, prefix)
+    errors: list[str] = rest[-1]
+    for name in MATRICES:
+        given = state_dict.get(prefix + name)
+        if isinstance(given, Tensor) and (given.dtype == torch.int8) != module.quantized:
+            kind = "int8 (the module is quantised)" if module.quantized else "floating-point"
+            errors.append(f"SparseMoE: expected {prefix}{name} to be {kind}, got {given.dtype}")
+            del state_dict[prefix + name]  # nothing is copied
+
+
+def _stack(module: SparseMoE, state_dict: dict[str, Any], prefix: str) -> None:
+    for name in MATRICES:
         other = f"{prefix}experts.{name}"
         if other in state_dict and prefix + name not in state_dict:
             state_dict[prefix + name] = state_dict.pop(other)
@@ -141,7 +159,7 @@ def _rename(module: SparseMoE, state_dict: dict[str, Tensor], prefix: str, *_: A
     found = {
         part: [state_dict.get(prefix + _name(e, part)) for e in range(module.num_experts)] for part in shapes
     }
-    whole = all(w is not None and w.shape == shapes[part] for part, ws in found.items() for w in ws)
+    whole = all(isinstance(w, Tensor) and w.shape == shapes[part] for part, ws in found.items() for w in ws)
     if not whole or prefix + "gate_up_proj" in state_dict or prefix + "down_proj" in state_dict:
         return
     state_dict[prefix + "gate_up_proj"] = torch.stack(

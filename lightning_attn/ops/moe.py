@@ -178,6 +178,8 @@ def moe_mlp_forward(
     if check_values(x):
         validation.moe_mlp_values(experts, E)
     kernels = kernels_of(backend, "moe_mlp_forward", x, down.dtype, F)
+    if experts.dtype == torch.int64:  # beyond 32 bits is out of range too
+        experts = experts.clamp(-1, E)
     experts = experts.to(torch.int32).contiguous()
     sorting = kernels_of(backend, "moe_sort", experts, weights.dtype, E)
     routing = Routing(*sorting.moe_sort(experts, E))

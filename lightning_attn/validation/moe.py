@@ -143,7 +143,7 @@ def router_logits(function: str, logits: Tensor) -> None:
     """Logits [T, E]."""
     tensor(function, "logits", logits)
     floating(function, "logits", logits)
-    if logits.dim() != 2:
+    if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"{function}: expected logits of shape [T, E], got {dims(logits)}")
 
 

@@ -128,6 +128,11 @@ def moe_mlp_forward(
     interleaved: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    if (
+        x.dtype == torch.float16 and gate_up.scale is not None
+    ):  # sums of int8 would overflow it before they are scaled
+        y, _ = moe_mlp_forward(x.float(), gate_up, down, weights, routing, interleaved, save)
+        return y.to(x.dtype), None
     order, position, offs = routing
     M, k, (D, F) = len(order), weights.shape[1], down.weight.shape[1:]
     few, many, limit = _split(offs, M, gate_up.weight, down.weight)

@@ -21,10 +21,8 @@ def moe_route_forward(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Te
     logits = logits.to(accumulation_dtype(logits.dtype))
     # A stable sort gives equal logits in the order of their experts, as torch.topk need not.
     largest, experts = (x[:, :top_k] for x in logits.sort(dim=-1, descending=True, stable=True))
-    if renormalize:  # the softmax over the chosen ones is that of all of them, divided by its sum over those
-        weights = largest.softmax(-1)
-    else:
-        weights = torch.exp(largest - logits.logsumexp(-1, keepdim=True))
+    # The softmax over the chosen ones is that of all of them, divided by its sum over those.
+    weights = largest.softmax(-1) if renormalize else logits.softmax(-1).gather(1, experts)
     return weights.contiguous(), experts.to(torch.int32).contiguous()
 
 
@@ -97,7 +95,7 @@ def moe_mlp_forward(
     for e, rows in _groups(routing.offs, len(token)):
         g, u = (x[token[rows]].to(acc) @ m.mT for m in _gate_and_up(gate_up, e, interleaved, acc))
         if h is not None:
-            h[rows] = torch.cat([g, u], 1).to(x.dtype)
+            h[rows] = _finite(torch.cat([g, u], 1), x.dtype)
         a = (torch.nn.functional.silu(g) * u).to(x.dtype)
         z[rows] = (a.to(acc) @ _matrix(down, e, acc).mT).to(x.dtype)
     return _gather_sum(z, routing.position, weights), h
@@ -149,6 +147,12 @@ def moe_mlp_backward(
     ones = torch.ones_like(weights)
     dx = None if dz is None else _gather_sum(dz, routing.position, ones)
     return dx, dgate_up, ddown, dweights
+
+
+def _finite(h: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype`; what would overflow float16 is its largest number, or the backward would multiply infinity by zero."""
+    limit = torch.finfo(dtype).max
+    return h.clamp(-limit, limit).to(dtype) if dtype == torch.float16 else h.to(dtype)
 
 
 def _groups(offs: Tensor, rows: int) -> list[tuple[int, slice]]:

@@ -23,6 +23,14 @@ from .operands import Rows, group_constants, programs_of, row_tiles, weight
 from .primitives import program_index
 
 
+@triton.jit
+def _finite(x, dtype: tl.constexpr):
+    """In `dtype`; what would overflow float16 is its largest number, or the backward would multiply infinity by zero. NaN stays."""
+    if dtype == tl.float16:
+        x = tl.where(x > 65504.0, 65504.0, tl.where(x < -65504.0, -65504.0, x))
+    return x.to(dtype)
+
+
 @triton.jit(do_not_specialize=["programs", "rows"])
 def expert_up_kernel(
     x, x_tiles, order,  # [M, D]: see `groups.product`
@@ -55,8 +63,8 @@ def expert_up_kernel(
                 mask = (i < left)[:, None] & (column < N)[None, :]
                 if h is not None:
                     at = h + r * (2 * N) + STEP * column[None, :]
-                    tl.store(at, g.to(h.dtype.element_ty), mask=mask)
-                    tl.store(at + OFFSET, u.to(h.dtype.element_ty), mask=mask)
+                    tl.store(at, _finite(g, h.dtype.element_ty), mask=mask)
+                    tl.store(at + OFFSET, _finite(u, h.dtype.element_ty), mask=mask)
                 act = g * tl.sigmoid(g) * u
                 tl.store(a + r * N + column[None, :], act.to(a.dtype.element_ty), mask=mask)
 
