@@ -284,7 +284,9 @@ def test_what_is_beside_the_kernels():
         zeros(3, 2),
     )
     refuse(ValueError, "router_z_loss: expected logits of shape [T, E], got [3]", router_z_loss, zeros(3))
-    refuse(ValueError, "router_z_loss: expected logits of shape [T, E], got [3, 0]", router_z_loss, zeros(3, 0))
+    refuse(
+        ValueError, "router_z_loss: expected logits of shape [T, E], got [3, 0]", router_z_loss, zeros(3, 0)
+    )
 
 
 def test_a_backend_that_cannot_says_why(monkeypatch):
