@@ -223,3 +223,16 @@ def test_an_input_changed_in_place_after_the_forward_is_noticed(backend):
     k.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         o.sum().backward()
+
+
+def test_vmap_loses_no_gradient(backend):
+    """Inside vmap a tensor from outside does not show that it requires grad: attention raises instead of leaving it out."""
+    x = make_inputs(B=2, T=5, H=2, K=4, V=4).to(device_of(backend))
+
+    def call(q):
+        return lightning_attention(q, x.k, x.v, x.decay, backend=backend)
+
+    q = torch.stack([x.q, 2 * x.q])
+    torch.testing.assert_close(torch.vmap(call)(q), torch.stack([call(q[0]), call(q[1])]))
+    with pytest.raises(ValueError, match="lightning_attention: expected q without requires_grad inside vmap"):
+        torch.vmap(call)(q.requires_grad_())

@@ -241,3 +241,19 @@ def test_what_no_32_bits_hold_is_no_expert(backend, monkeypatch):
         experts = torch.full_like(a.experts, 0, dtype=torch.int64) + far
         y = moe_mlp(a.x, a.gate_up, a.down, a.weights, experts, backend=backend)
         assert not y.any(), far
+
+
+def test_vmap_loses_no_gradient(backend):
+    """It raises where one would be lost, and gives values where there is none."""
+    a = make_experts(T=6, E=3).to(device_of(backend))
+    x = torch.stack([a.x, 2 * a.x])
+
+    def call(x):
+        return moe_mlp(x, a.gate_up, a.down, a.weights, a.experts, backend=backend)
+
+    torch.testing.assert_close(torch.vmap(call)(x), torch.stack([call(x[0]), call(x[1])]))
+    x.requires_grad_()
+    with pytest.raises(ValueError, match="moe_mlp: expected x without requires_grad inside vmap"):
+        torch.vmap(call)(x)
+    with torch.no_grad():
+        torch.vmap(call)(x)

@@ -4,6 +4,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -27,6 +28,21 @@ def tensor(function: str, name: str, x: Tensor) -> None:
         raise ValueError(
             f"{function}: expected {name} without a tangent: there is no forward-mode derivative"
         )
+    if not torch.compiler.is_compiling() and _loses_gradient(x):
+        raise ValueError(
+            f"{function}: expected {name} without requires_grad inside vmap: the gradient would be lost"
+        )
+
+
+def _loses_gradient(x: Tensor) -> bool:
+    """Within vmap a tensor from outside does not show that it requires grad: the operator would be called without."""
+    if functorch.peek_interpreter_stack() is None or not torch.is_grad_enabled():
+        return False
+    while functorch.is_batchedtensor(x):
+        x = functorch.get_unwrapped(x)
+        if x.requires_grad:
+            return True
+    return False
 
 
 def floating(function: str, name: str, x: Tensor) -> None:
