@@ -33,13 +33,14 @@ if os.environ["PRETEND"] == "1":
     cuda.unavailable = lambda: None  # as if CuPy were there
 
 def described(item):
+    conftest = next(p for p in item.config.pluginmanager.get_plugins() if getattr(p, "_op", None))
     parameters = getattr(item, "callspec", None) and item.callspec.params or {}
     return {
         "file": item.path.name,
         "test": item.originalname,
         "backend": str(parameters.get("variant", parameters.get("backend"))),
         "dtype": str(parameters.get("dtype")).removeprefix("torch."),
-        "decode": item.get_closest_marker("decode") is not None,
+        "op": conftest._op(item),
     }
 
 left_out = []
@@ -113,7 +114,7 @@ def test_the_lists_of_backends(on_a_gpu: Report, without_a_gpu: Report) -> None:
 
 
 def test_what_is_selected_on_a_gpu(on_a_gpu: Report) -> None:
-    """Every body on every GPU backend in each dtype that it takes, "cuda" where nothing but decode is called, and
+    """Every body on every GPU backend in each dtype that it takes, "cuda" where nothing is called that it has not, and
     nothing that is about the CPU's backends."""
     selected = on_a_gpu["selected"]
     assert {item["backend"] for item in selected} == {"triton", "cuda", "None"}
@@ -128,15 +129,19 @@ def test_what_is_selected_on_a_gpu(on_a_gpu: Report) -> None:
                 if (item["file"], item["test"], item["backend"]) == (*test, backend)
             }
             assert not dtypes or refused <= {"float64"} | dtypes, test  # `dtypes`: other numbers of threads
-    decoding = {item["test"] for item in selected if item["backend"] == "cuda"}
-    assert all(item["decode"] for item in selected if item["backend"] == "cuda")
-    assert names_of([i for i in selected if i["backend"] == "triton" and i["decode"]]) == names_of(
-        [i for i in selected if i["backend"] == "cuda"]
-    )
-    assert {"test_decode_obeys_the_rule", "test_slots_give_what_gathered_states_give"} <= decoding
+    own = [item for item in selected if item["backend"] == "cuda"]
+    ops = {"attention_decode", "moe_route_forward"}
+    assert {item["op"] for item in own} == ops
+    assert names_of([i for i in selected if i["backend"] == "triton" and i["op"] in ops]) == names_of(own)
+    tests = {item["test"] for item in own}
+    assert {"test_decode_obeys_the_rule", "test_slots_give_what_gathered_states_give"} <= tests
+    assert {"test_nan_never_leads_out_of_range", "test_sorting_is_stable"} <= tests
     without = {item["file"] for item in selected if item["backend"] == "None"}
     assert all(
-        f.startswith(("test_gpu", "test_triton", "test_autotune", "test_tuner", "test_cuda")) for f in without
+        f.startswith(
+            ("test_gpu", "test_triton", "test_autotune", "test_tuner", "test_cuda", "test_moe_tiles")
+        )
+        for f in without
     )
 
 
