@@ -13,6 +13,12 @@ HALF_DTYPE = next((dtype for dtype in HALF if dtype in dtypes_of("triton")), Non
 ROWS, COLUMNS = 46_400, 46_400  # 2.15e9 elements, of which only some are looked at
 
 
+def assert_near(actual, expected):
+    """Within the two roundings that separate products which are summed in another order."""
+    difference = (actual.float() - expected).abs().max()
+    assert difference <= 2 * torch.finfo(actual.dtype).eps * expected.abs().max()
+
+
 @pytest.fixture
 def offs():
     return torch.tensor([ROWS // 2, ROWS - 3], dtype=torch.int32)
@@ -25,7 +31,7 @@ def test_an_output_of_more_elements(offs):
     w = torch.randn(2, COLUMNS, 8, generator=random, dtype=torch.bfloat16)
     y = grouped_gemm(x, w, offs, backend="cpu")
     for row in (0, ROWS // 2 - 1, ROWS // 2, ROWS - 4):
-        torch.testing.assert_close(y[row], w[int(row >= ROWS // 2)] @ x[row], rtol=0.02, atol=0.02)
+        assert_near(y[row], w[int(row >= ROWS // 2)].float() @ x[row].float())
     assert not y[-3:].any()
 
 
@@ -80,9 +86,9 @@ def test_on_a_gpu(backend: str, N: int, K: int) -> None:
     far = torch.arange(M - 20, M - 3, device=DEVICE)
     y, dx, dw = results(x, dy, offs)
     alone = results(x[far], dy[far], torch.tensor([0, 17], dtype=torch.int32, device=DEVICE))
-    torch.testing.assert_close(y[far], alone[0], rtol=0.02, atol=0.5)
-    torch.testing.assert_close(dx[far], alone[1], rtol=0.02, atol=0.5)
+    assert_near(y[far], alone[0].float())
+    assert_near(dx[far], alone[1].float())
     assert not y[-3:].any() and not dx[-3:].any()
     rows = slice(M // 2, M - 3)
     expected = dy[rows].mT.float()[:8] @ x[rows].float()
-    torch.testing.assert_close(dw[1, :8].float(), expected, rtol=0.02, atol=2.0)
+    assert_near(dw[1, :8], expected)
