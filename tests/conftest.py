@@ -39,8 +39,7 @@ settings.load_profile("repeatable")
 def pytest_configure(config: pytest.Config) -> None:
     for marker in (
         "gpu: runs what is made for GPUs, on the GPU or, without one, interpreted or emulated on the CPU",
-        "decode: of all operators calls the decoding one alone, so it is for backends that have no other too",
-        "op(name): needs this raw function of a backend, not that of attention",
+        "op(name): of a backend's raw functions needs this one, not attention_forward",
     ):
         config.addinivalue_line("markers", marker)
 
@@ -75,9 +74,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _op(item: pytest.Item) -> str:
     """The raw function that a test is about."""
-    if marker := item.get_closest_marker("op"):
-        return marker.args[0]
-    return "attention_decode" if item.get_closest_marker("decode") else "attention_forward"
+    marker = item.get_closest_marker("op")
+    return marker.args[0] if marker else "attention_forward"
 
 
 def _backend(item: pytest.Item) -> object:

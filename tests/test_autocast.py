@@ -120,7 +120,7 @@ def test_mixed_inputs(backend: str, dtype: torch.dtype) -> None:
                 lightning_attention(q, k, v, x.decay, backend=backend)
 
 
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 @half
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=lambda d: f"state-{dtype_id(d)}")
 def test_decode(backend: str, dtype: torch.dtype, state_dtype: torch.dtype) -> None:

@@ -312,7 +312,7 @@ def test_named_backend(backend: str) -> None:
     assert counter.frame_count == 2
 
 
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 def test_decode_on_a_named_backend(backend: str) -> None:
     """Row 5: compiled code updates the state in place, slots vary, -1 is padding."""
 

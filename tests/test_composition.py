@@ -178,7 +178,7 @@ def test_the_rows_of_a_batch_equal_themselves_alone(variant, uncut, dtype):
         assert_same_bits(a, b)
 
 
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=dtype_id)
 def test_the_rows_of_a_decoded_batch_equal_themselves_alone(variant, dtype):
     """Row 18: under the rule, and in kernels of our own to the last bit."""

@@ -9,7 +9,7 @@ from support import DTYPES, HALF, affordable, dtype_id, make_inputs
 
 from lightning_attn.dispatch import accumulation_dtype
 
-pytestmark = pytest.mark.decode
+pytestmark = pytest.mark.op("attention_decode")
 
 
 @pytest.mark.parametrize("T", [1, 2, 5])

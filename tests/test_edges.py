@@ -107,7 +107,7 @@ def test_cu_seqlens_of_either_integer_type_and_any_stride(variant, integers):
     assert_same_bits(o, run(x, variant)["o"])
 
 
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 @pytest.mark.parametrize(("B", "T", "H"), [(0, 1, 2), (3, 0, 2), (3, 1, 0), (0, 0, 2)])
 def test_decode_of_nothing_returns_nothing_and_keeps_the_state(variant, B, T, H):
     """Row 11: no sequences, no tokens or no heads."""
@@ -118,7 +118,7 @@ def test_decode_of_nothing_returns_nothing_and_keeps_the_state(variant, B, T, H)
     assert_same_bits(state, x.initial_state)
 
 
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 def test_decode_of_padding_only_keeps_every_state(variant):
     """Rows 11 and 17: all slots -1, with states of others about."""
     x = make_inputs(B=3, T=2).to(device_of(variant))
@@ -131,7 +131,7 @@ def test_decode_of_padding_only_keeps_every_state(variant):
     assert_same_bits(state, before)
 
 
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 def test_decode_with_no_states_at_all_takes_padding(variant):
     """Row 11: S = 0, and every sequence is padding."""
     x = make_inputs(B=3, T=2).to(device_of(variant))

@@ -71,7 +71,7 @@ def test_a_captured_call_follows_the_lengths(backend: str, gradients: bool) -> N
 
 
 @kernels
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_a_captured_decoding_step_follows_slots_inputs_and_states(backend: str, tokens: int) -> None:
     """Row 23: slots are data; the state goes on from where each replay leaves it."""
@@ -147,7 +147,7 @@ def calls(backend: str, device: str = DEVICE) -> dict[str, Callable[[], list[Ten
 
 
 @kernels
-@pytest.mark.decode  # and whatever else the backend has
+@pytest.mark.op("attention_decode")  # and whatever else the backend has
 def test_on_a_side_stream_nothing_waits_for_the_default_one(backend: str) -> None:
     """Row 23: the same bits, while the default stream has long been busy with something else."""
     for name, call in calls(backend).items():
@@ -174,7 +174,7 @@ def test_on_a_side_stream_nothing_waits_for_the_default_one(backend: str) -> Non
 
 
 @kernels
-@pytest.mark.decode  # and whatever else the backend has
+@pytest.mark.op("attention_decode")  # and whatever else the backend has
 @pytest.mark.skipif(GPU and torch.cuda.device_count() < 2, reason="there is one device only")
 def test_every_device_gives_the_same(backend: str) -> None:
     """Row 23: tensors of another device than the current one."""

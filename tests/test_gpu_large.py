@@ -102,7 +102,7 @@ def test_states_of_more_elements(backend: str, uncut: None) -> None:
 
 
 @kernels
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_cache_of_more_elements(backend: str, dtype: torch.dtype) -> None:
     """Row 14: slots anywhere in it; no other state changes."""
@@ -192,7 +192,7 @@ def test_more_segments_than_a_grid_has_programs_along_a_dimension(
 
 
 @kernels
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 def test_a_larger_batch_than_a_grid_has_programs_along_a_dimension(backend: str) -> None:
     """Row 15: every output and every state obeys the rule."""
     x = make_inputs(B=GRID + 1, T=1, H=1, K=16, V=16, dtype=torch.float16)

@@ -130,7 +130,7 @@ def test_offsets_that_are_none_write_nothing_beyond_the_buffers(
 
 
 @kernels
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 @dtypes
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize(("K", "V"), [(9, 7), (16, 16), (100, 129)])
@@ -169,7 +169,7 @@ def test_the_norm_writes_nothing_beyond_its_buffers(
 
 
 @kernels
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 def test_a_write_beyond_a_buffer_would_be_seen(backend: str) -> None:
     """Of one element, on either side."""
     for at in (-1, 4):

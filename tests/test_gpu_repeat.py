@@ -51,7 +51,7 @@ def test_attention_repeats_itself(backend: str, packed: bool) -> None:
 
 
 @kernels
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_decoding_repeats_itself(backend: str, state_dtype: torch.dtype) -> None:
     """Row 21: from the same state each time."""
@@ -81,7 +81,7 @@ def test_the_norm_repeats_itself(backend: str) -> None:
 
 
 @kernels
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_decoded_row_does_not_depend_on_the_batch(backend: str, state_dtype: torch.dtype) -> None:
     """Row 21: alone, beside a few or beside many: the same bits."""
@@ -155,7 +155,7 @@ def varied_call(backend: str, chance: random.Random) -> None:
 
 
 @kernels
-@pytest.mark.decode  # and whatever else the backend has
+@pytest.mark.op("attention_decode")  # and whatever else the backend has
 def test_ten_thousand_calls_leave_nothing_behind(backend: str) -> None:
     """Row 26: no memory of the device, none of the host, no kernel for a new length, no entry in a cache without bound."""
     chance, calls = random.Random(0), size(10_000, 50)

@@ -27,7 +27,7 @@ def test_head_dims_from_1_to_256_and_k_unlike_v(variant, dtype, K, V):
     check(run(x, variant), x)
 
 
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 @pytest.mark.parametrize(("dtype", "K", "V"), DTYPES_AND_HEAD_DIMS, ids=dtype_id)
 def test_decode_takes_head_dims_from_1_to_256_and_k_unlike_v(variant, dtype, K, V):
     """Rows 1 and 12: any head dimensions."""

@@ -159,7 +159,7 @@ def test_outputs_are_contiguous_and_alias_no_input(backend):
 # ---- decode ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=dtype_id)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_of_the_operands_of_decode(variant, layout, dtype):
@@ -175,7 +175,7 @@ def test_any_layout_of_the_operands_of_decode(variant, layout, dtype):
         assert_same_bits(a, b)
 
 
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("layout", ["heads first", "every other row", "heads of a wider cache", "odd offset"])
 def test_decode_updates_a_view_of_a_larger_cache_in_place(variant, layout, state_dtype):

@@ -140,7 +140,7 @@ def test_offsets_beyond_2_to_the_31_elements(backend, dim):
         assert_same_bits(a, b)
 
 
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 def test_states_beyond_2_to_the_31_elements(backend):
     """Row 14: rows of a cache 2^30 elements apart."""
     dtype = half_of(backend, "attention_decode")

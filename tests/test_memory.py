@@ -76,7 +76,7 @@ def test_no_output_or_gradient_is_left_unwritten(variant, shape, dtype):
     check(result, x)
 
 
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_no_output_of_decode_is_left_unwritten_for_padding_neither(variant, dtype):
     """Row 6: the rows of padding are zeros, not what the memory held."""
@@ -186,7 +186,7 @@ def test_later_tokens_change_no_bit_of_earlier_outputs(variant, dtype):
         assert_same_bits(run(replace(x, **later), variant)["o"][:, :t], clean[:, :t])
 
 
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_nan_in_padding_rows_and_unused_slots_changes_no_bit_in_decode(variant, dtype):
     """Rows 7 and 17: rows with slot -1, and states that no slot names, are neither read nor written."""

@@ -186,7 +186,6 @@ def test_a_second_derivative_raises(backend):
 # ---- sorting --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.op("moe_route_forward")
 @pytest.mark.parametrize(
     "T, E, k, low, high",
     [

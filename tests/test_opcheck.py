@@ -85,7 +85,7 @@ def test_opcheck_attention_backward(backend: str, dtype: torch.dtype, packed: bo
         opcheck(OPS.attention_backward.default, *args, backend)
 
 
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 @dtypes
 @pytest.mark.parametrize("slots", [None, torch.int32, torch.int64], ids=["rows", "int32", "int64"])
 def test_opcheck_attention_decode(backend: str, dtype: torch.dtype, slots: torch.dtype | None) -> None:

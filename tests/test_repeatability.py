@@ -45,7 +45,7 @@ def test_repeated_calls_agree_to_the_last_bit(variant, shape, dtype):
             assert_same_bits(y, first[name], name)
 
 
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_repeated_decode_agrees_to_the_last_bit(variant, dtype):
     """Row 21: the in-place state starts from the same bits."""

@@ -118,7 +118,7 @@ def test_a_slow_decay_keeps_its_rate_over_many_blocks() -> None:
     assert ((state - truth).abs().max() / largest).item() < 4e-6
 
 
-@pytest.mark.decode
+@pytest.mark.op("attention_decode")
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 def test_a_slow_decay_keeps_its_rate_over_many_decoded_tokens(backend: str) -> None:
     """Row 16: float32 rounds lambda of a rate of 3e-8 by the same amount at every token; it must not add up."""

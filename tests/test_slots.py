@@ -8,7 +8,7 @@ from support import HALF, assert_same_bits, device_of, dtype_id, make_inputs
 
 from lightning_attn import lightning_attention_decode
 
-pytestmark = pytest.mark.decode
+pytestmark = pytest.mark.op("attention_decode")
 
 S = 9  # rows of the cache
 

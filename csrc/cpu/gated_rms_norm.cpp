@@ -17,12 +17,6 @@ int threads_for(const GatedRMSNorm& p) {
   return useful < p.threads ? int(useful) : p.threads;
 }
 
-template <class Acc>
-LIGHTNING_INLINE Vector<Acc> sigmoid(const Vector<Acc>& x) {
-  const Vector<Acc> one = broadcast(Acc(1));
-  return one / (one + exp(Vector<Acc>{} - x));
-}
-
 template <class T>
 void forward(const GatedRMSNorm& p) {
   using Acc = Accumulate<T>;

@@ -18,12 +18,6 @@ int threads_for(int64_t elements, int threads) {
   return useful < threads ? int(useful) : threads;
 }
 
-template <class Acc>
-LIGHTNING_INLINE Vector<Acc> sigmoid(const Vector<Acc>& x) {
-  const Vector<Acc> one = broadcast(Acc(1));
-  return one / (one + exp(Vector<Acc>{} - x));
-}
-
 // silu is zero below -100 in every dtype, but exp() saturates, and a huge factor would show it. NaN passes.
 template <class Acc>
 LIGHTNING_INLINE Vector<Acc> bounded(Vector<Acc> g) {

@@ -325,5 +325,11 @@ LIGHTNING_INLINE Vector<float> exp(Vector<float> x) {
 LIGHTNING_INLINE Vector<float> exp(const Vector<float>& x) { return exp_lanes<float>(x); }
 #endif
 
+template <class Acc>
+LIGHTNING_INLINE Vector<Acc> sigmoid(const Vector<Acc>& x) {
+  const Vector<Acc> one = broadcast(Acc(1));
+  return one / (one + exp(Vector<Acc>{} - x));
+}
+
 }  // namespace LIGHTNING_ISA
 }  // namespace lightning

@@ -62,9 +62,15 @@ def expert_up_kernel(
                 r = (row + i).to(tl.int64)[:, None]
                 mask = (i < left)[:, None] & (column < N)[None, :]
                 if h is not None:
-                    at = h + r * (2 * N) + STEP * column[None, :]
-                    tl.store(at, _finite(g, h.dtype.element_ty), mask=mask)
-                    tl.store(at + OFFSET, _finite(u, h.dtype.element_ty), mask=mask)
+                    gh, uh = _finite(g, h.dtype.element_ty), _finite(u, h.dtype.element_ty)
+                    if STEP == 2:  # whole rows of both, where two stores of every other column would spill
+                        c = 2 * n + tl.arange(0, 2 * BLOCK_N)
+                        both = (i < left)[:, None] & (c < 2 * N)[None, :]
+                        tl.store(h + r * (2 * N) + c[None, :], tl.interleave(gh, uh), mask=both)
+                    else:
+                        at = h + r * (2 * N) + column[None, :]
+                        tl.store(at, gh, mask=mask)
+                        tl.store(at + OFFSET, uh, mask=mask)
                 act = g * tl.sigmoid(g) * u
                 tl.store(a + r * N + column[None, :], act.to(a.dtype.element_ty), mask=mask)
 

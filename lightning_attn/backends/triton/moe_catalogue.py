@@ -26,6 +26,8 @@ def catalogue(dtype: torch.dtype, arch: Arch) -> Iterator[Entry]:
             yield Entry("moe_mlp", f"{variant}, int8", launch)
         for launch in [*routing(T, dtype, arch), *sorting(T, arch)]:
             yield Entry("moe_route", variant, launch)
+    for launch in mlp_forward(8192, dtype, arch, saved=True, interleaved=True):
+        yield Entry("moe_mlp", "T=8192, interleaved", launch)
     for variant, interleaved in {"T=8192": False, "T=8192, interleaved": True}.items():
         for launch in mlp_backward(8192, dtype, arch, interleaved=interleaved):
             yield Entry("moe_mlp backward", variant, launch)
