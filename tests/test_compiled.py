@@ -153,6 +153,7 @@ def test_every_way_of_the_experts_is_compiled_where_none_may_spill(rows: list[Ro
         for kernel in ("expert_up", "grouped_gemm"):
             for T in ("T=1", "T=32", "T=8192"):
                 assert {(kernel, T), (kernel, f"{T}, int8")} <= found
+        assert ("expert_up", "T=8192, interleaved") in found
 
 
 def test_every_variant_is_compiled_where_none_may_spill(rows: list[Row]) -> None:
