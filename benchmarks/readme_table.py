@@ -1,7 +1,7 @@
-"""Rewrites the README's figures: of a CPU from a result of `lightning-attn bench --compare --json`, of a GPU from one of
-`python -m benchmarks.gpu`, if there is one.
+"""Rewrites the README's figures: of a CPU from results of `lightning-attn bench --compare --json`, one of attention and one
+of the mixture of experts; of a GPU from one of `python -m benchmarks.gpu`, if there is one.
 
-python -m benchmarks.readme_table [RESULT.json] [--gpu GPU.json]     # writes between the markers
+python -m benchmarks.readme_table [RESULT.json] [--experts EXPERTS.json] [--gpu GPU.json]     # writes between the markers
 python -m benchmarks.readme_table --check                            # exits with 1 if the README says anything else
 """
 
@@ -19,6 +19,7 @@ from benchmarks.gpu import readme as gpu
 BENCHMARKS = Path(__file__).resolve().parent
 README = BENCHMARKS.parent / "README.md"
 RESULT = BENCHMARKS / "results" / "cpu.json"
+EXPERTS_RESULT = BENCHMARKS / "results" / "experts.json"
 GPU_RESULT = BENCHMARKS / "results" / "gpu.json"
 
 OURS = "lightning_attn"
@@ -35,24 +36,16 @@ BLOCK: Shape = {"D": 1024, "F": 1536, "E": 16, "k": 2}
 EXPERTS: dict[str, Shape] = {
     "moe": {"T": 2048, **BLOCK},
     "moe, 4 tokens": {"T": 4, **BLOCK},
-    "moe_mlp, 4 tokens": {"T": 4, **BLOCK, "experts": "int8"},
+    "moe_mlp, 4 tokens": {"T": 4, **BLOCK},
+    "moe_mlp, 4 tokens, int8": {"T": 4, **BLOCK, "experts": "int8"},
     "grouped_gemm": {"M": 4096, "E": 16, "N": 3072, "K": 1024},
     "route": {"T": 8192, "E": 32, "k": 2},
 }
 Row = dict[str, Any]
 
 
-def table(result: dict[str, Any]) -> str:
-    """Markdown: the machine and its limits, then a line for each op, pass and dtype; those of the mixture of experts, which
-    has other peers, in a table of their own.
-    """
-    return "\n\n".join(
-        [_machine(result), *filter(None, (_table(result, shown) for shown in (ATTENTION, EXPERTS)))]
-    )
-
-
-def _table(result: dict[str, Any], shown: dict[str, Shape]) -> str:
-    """Empty if there are no such rows."""
+def table(result: dict[str, Any], shown: dict[str, Shape]) -> str:
+    """Markdown: the machine and its limits, then a line for each op, pass and dtype."""
     named = [(name, row) for row in result["rows"] if (name := _name(row, shown))]
     rows = [row for _, row in named]
     peers = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != OURS))
@@ -71,7 +64,7 @@ def _table(result: dict[str, Any], shown: dict[str, Shape]) -> str:
             ]
             lines.append("| " + " | ".join(cells) + " |")
     names = {name for name, _ in named}
-    return "\n".join([*lines, "", *_shapes(names, shown)]) if named else ""
+    return "\n".join([_machine(result), "", *lines, "", *_shapes(names, shown)])
 
 
 def _name(row: Row, shown: dict[str, Shape]) -> str | None:
@@ -146,13 +139,17 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("result", nargs="?", type=Path, default=RESULT)
+    parser.add_argument(
+        "--experts", type=Path, default=EXPERTS_RESULT, help="of the experts (default: %(default)s)"
+    )
     parser.add_argument("--gpu", type=Path, default=GPU_RESULT, help="a run on a GPU (default: %(default)s)")
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit with 1 if the README is stale"
     )
     arguments = parser.parse_args()
     old = README.read_text(encoding="utf-8")
-    new = rewritten(old, "bench", table(json.loads(arguments.result.read_text())))
+    new = rewritten(old, "bench", table(json.loads(arguments.result.read_text()), ATTENTION))
+    new = rewritten(new, "experts", table(json.loads(arguments.experts.read_text()), EXPERTS))
     new = rewritten(new, "gpu", gpu_section(arguments.gpu.absolute()))
     if arguments.check:
         if new != old:

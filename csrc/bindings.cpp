@@ -126,8 +126,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return std::string(active->name); }, "What the kernels use now.");
   m.def("use_instruction_set", &use_instruction_set, py::arg("name"), "For tests: any of `instruction_sets()`.");
 
-  m.def("advise_huge_pages", [](const py::handle& data, size_t bytes) { advise_huge_pages(address(data), bytes); });
-
   m.def("attention_forward", [](const py::tuple& s, const py::tuple& q, const py::tuple& k, const py::tuple& v,
                                 const py::tuple& o, const py::object& initial, const py::object& final) {
     launch(active->attention_forward,

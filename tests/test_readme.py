@@ -99,7 +99,8 @@ def test_figures_are_up_to_date() -> None:
     """The figures are what benchmarks/readme_table.py makes of the committed results, never typed."""
     process = python(*SCRIPT, "--check", cwd=ROOT)
     assert process.returncode == 0, process.stderr
-    assert between("bench").count("\n|") > 6, "the table is empty"
+    for name in ("bench", "experts"):
+        assert between(name).count("\n|") > 6, f"the table of {name} is empty"
     measured = (ROOT / "benchmarks" / "results" / "gpu.json").exists()
     assert between("gpu").endswith("still to be measured.") != measured
 
@@ -108,7 +109,7 @@ def test_figures_are_up_to_date() -> None:
 def copy(tmp_path: Path) -> Path:
     """A checkout with no more than the script, its results and the README."""
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    for name in ("__init__.py", "readme_table.py", "results/cpu.json"):
+    for name in ("__init__.py", "readme_table.py", "results/cpu.json", "results/experts.json"):
         shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks" / name)
     shutil.copytree(ROOT / "benchmarks" / "gpu", tmp_path / "benchmarks" / "gpu")
     (tmp_path / "README.md").write_text(README, encoding="utf-8")
@@ -173,14 +174,21 @@ def test_figures_of_a_gpu(copy: Path) -> None:
     assert refused.returncode == 1 and "dry run" in refused.stderr
 
 
-def test_committed_result() -> None:
-    """It is a run of `bench --compare` on a CPU whose every row of ours has passed its check."""
-    head = json.loads(RESULT.read_text())
+@pytest.mark.parametrize(
+    ("result", "ops", "peers"),
+    [
+        ("cpu", {"attention", "decode", "gated_rms_norm", "module"}, {"eager-256", "transformers"}),
+        ("experts", {"route", "grouped_gemm", "moe_mlp", "moe"}, {"per-expert", "grouped_mm", "transformers"}),
+    ],
+)
+def test_committed_results(result: str, ops: set[str], peers: set[str]) -> None:
+    """They are runs of `bench --compare` on a CPU whose every row of ours has passed its check."""
+    head = json.loads((RESULT.parent / f"{result}.json").read_text())
     assert {"versions", "device", "commit", "date", "limits", "rows"} <= set(head)
     ours = [row for row in head["rows"] if row["provider"] == "lightning_attn"]
-    assert {row["op"] for row in ours} == {"attention", "decode", "gated_rms_norm", "module"}
+    assert {row["op"] for row in ours} == ops
     assert all(row["ok"] and row["median_ms"] > 0 and row["device"] == "cpu" for row in ours)
-    assert "eager-256" in {row["provider"] for row in head["rows"]}
+    assert peers <= {row["provider"] for row in head["rows"]}
 
 
 def test_public_names_are_mentioned() -> None:

@@ -5,11 +5,6 @@
 #include <new>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 namespace lightning {
 namespace {
 
@@ -45,17 +40,6 @@ Schedule::Schedule(const AttentionShape& shape) {
 }
 
 Schedule::~Schedule() { delete[] segments_; }
-
-void advise_huge_pages(void* data, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
 
 Buffer::Buffer(size_t bytes) : data_(::operator new(bytes, kAlign)) {}
 Buffer::~Buffer() { ::operator delete(data_, kAlign); }

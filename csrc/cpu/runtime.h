@@ -48,10 +48,6 @@ class Schedule {
 // life of the thread, so ask for O(K * V) or a row, never for O(T).
 void* thread_scratch(size_t bytes);
 
-// Asks for huge pages behind fresh memory that is about to be written: the first touch of each 4 KB page costs more
-// than the writing. No effect where the system has none to give.
-void advise_huge_pages(void* data, size_t bytes);
-
 // 64-byte aligned heap memory, freed with its owner.
 class Buffer {
  public:

@@ -53,8 +53,10 @@ def quick(dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
         yield MoeBlock(dtype, T=2048, **SMALL)
     for dtype in dtypes or (F32, BF16):
         yield MoeBlock(dtype, T=4, **SMALL)
-    for dtype in dtypes or (BF16,):
+    for dtype in dtypes or (F32, BF16):
+        yield MoeMlp(dtype, T=4, **SMALL, passes=(FORWARD,))
         yield MoeMlp(dtype, T=4, **SMALL, int8=True)
+    for dtype in dtypes or (BF16,):
         yield GroupedGemm(dtype, M=4096, E=16, N=3072, K=1024, passes=(FORWARD,))
         yield Route(dtype, T=8192, E=32, k=2)
 

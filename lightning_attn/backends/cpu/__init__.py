@@ -10,7 +10,8 @@ from lightning_attn import _C
 
 from ...dispatch import Spec, accumulation_dtype
 from .. import threads
-from .launch import DTYPES, empty
+from .launch import DTYPES
+from .memory import empty
 from .moe import (
     grouped_gemm_backward,
     grouped_gemm_forward,

@@ -20,7 +20,8 @@ from ...dispatch import accumulation_dtype
 from .. import Expert, Routing, threads
 from ..raw import raw
 from . import _C
-from .launch import DTYPES, empty
+from .launch import DTYPES
+from .memory import empty, zeros
 from .moe_steps import (
     Matrices,
     columns,
@@ -100,9 +101,9 @@ def grouped_gemm_forward(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
 def grouped_gemm_backward(
     dy: Tensor, x: Tensor, w: Tensor, offs: Tensor, need_x: bool, need_w: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    dx = empty(x, *x.shape) if need_x else None
-    dw = empty(w, *w.shape) if need_w else None
     groups = _groups(offs, len(x))
+    dx = empty(x, *x.shape) if need_x else None
+    dw = _gradients(w, groups) if need_w else None
     for e, begin, end in groups:
         if (
             dx is not None
@@ -114,7 +115,6 @@ def grouped_gemm_backward(
             product(columns(dy_), x_, out=dw[e])
     if dx is not None:
         dx[_last(offs, len(x)) :] = 0
-    _clear_idle(groups, dw)
     return dx, dw
 
 
@@ -182,8 +182,8 @@ def moe_mlp_backward(
     M, k = len(order), weights.shape[1]
     groups = _groups(offs, M)
     dz = empty(x, M + rounded(1, x.dtype), x.shape[1]) if need_x else None  # of each pair's own row of x
-    dgate_up = empty(gate_up, *gate_up.shape) if need_gate_up else None
-    ddown = empty(down, *down.shape) if need_down else None
+    dgate_up = _gradients(gate_up, groups) if need_gate_up else None
+    ddown = _gradients(down, groups) if need_down else None
     dweights = torch.zeros_like(weights)
     for e, begin, end in groups:
         pairs = order[begin:end]
@@ -195,7 +195,6 @@ def moe_mlp_backward(
             product(dh, gate_up[e], out=dz[begin : begin + len(dh)])
         if dgate_up is not None:
             product(columns(dh), gather(x, pairs, k, end - begin), out=dgate_up[e])
-    _clear_idle(groups, dgate_up, ddown)
     dx = None if dz is None else gather_sum(x, dz, position, None)
     return dx, dgate_up, ddown, dweights if need_weights else None
 
@@ -241,11 +240,11 @@ def _chunks(groups: list[_Group]) -> Iterator[_Group]:
             yield _Group(e, at, min(at + _CHUNK, end))
 
 
-def _clear_idle(groups: list[_Group], *gradients: Tensor | None) -> None:
-    """Zeros for the experts without rows."""
-    busy = {group.expert for group in groups}
-    for dw in gradients:
-        if dw is not None:
-            for e in range(len(dw)):
-                if e not in busy:
-                    dw[e].zero_()
+def _gradients(w: Tensor, groups: list[_Group]) -> Tensor:
+    """Memory for the gradient of each matrix: of those without rows it is zero."""
+    if 5 * len(groups) < len(w):  # fresh memory costs more than zeros written over what was kept
+        return zeros(w, *w.shape)
+    dw = empty(w, *w.shape)
+    for e in set(range(len(w))) - {group.expert for group in groups}:
+        dw[e].zero_()
+    return dw

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from .. import Expert, threads
 from . import _C
-from .launch import DTYPES, empty
+from .launch import DTYPES
+from .memory import empty
 
 # What the number of rows of a product is rounded up to. oneDNN compiles a kernel for each number of rows of
 # 16-bit operands: 2 ms, more than the product. Where the rows lie along memory, MKL wants whole cache lines:
