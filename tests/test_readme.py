@@ -178,7 +178,11 @@ def test_figures_of_a_gpu(copy: Path) -> None:
     ("result", "ops", "peers"),
     [
         ("cpu", {"attention", "decode", "gated_rms_norm", "module"}, {"eager-256", "transformers"}),
-        ("experts", {"route", "grouped_gemm", "moe_mlp", "moe"}, {"per-expert", "grouped_mm", "transformers"}),
+        (
+            "experts",
+            {"route", "grouped_gemm", "moe_mlp", "moe"},
+            {"per-expert", "grouped_mm", "transformers"},
+        ),
     ],
 )
 def test_committed_results(result: str, ops: set[str], peers: set[str]) -> None:
