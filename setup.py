@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
 KERNELS = ["chunk_forward", "chunk_backward", "decode", "gated_rms_norm"]
-KERNELS += ["moe_route", "moe_rows", "expert_rows", "transpose", "table"]
+KERNELS += ["moe_route", "moe_rows", "expert_rows", "transpose", "outer", "table"]
 BASELINE = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/runtime.cpp", "csrc/cuda/emulator.cpp"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # GCC 12 takes the undefined lanes inside its own AVX-512 intrinsics for uninitialised variables.

@@ -107,7 +107,7 @@ def _share(row: Row) -> str:
 def _ratio(ours: Row, theirs: Row | None) -> str:
     if theirs is None or ours["median_ms"] is None or theirs["median_ms"] is None:
         return "-"
-    return f"{theirs['median_ms'] / ours['median_ms']:.1f}x"
+    return f"{theirs['median_ms'] / ours['median_ms']:.2f}x"
 
 
 def gpu_section(result: Path) -> str:

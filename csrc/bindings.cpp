@@ -210,6 +210,11 @@ PYBIND11_MODULE(_C, m) {
     Fields f(x);
     launch(active->transpose, {f, f, f, f, f, f, f, f, f, f, f});
   });
+  m.attr("OUTER_ROWS") = kOuterRows;
+  m.def("outer_product", [](const py::tuple& x) {
+    Fields f(x);
+    launch(active->outer_product, {f, f, f, f, f, f, f, f, f, f, f});
+  });
 
   m.def("can_emulate_cuda", &can_emulate, "Whether this build can run the kernels of csrc/cuda on the CPU.");
   m.def("emulate_cuda", [](const std::string& name, int64_t blocks, size_t shared, const std::string& parameters) {

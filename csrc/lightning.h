@@ -192,6 +192,21 @@ struct Transpose {
   int threads;
 };
 
+constexpr int64_t kOuterRows = 4;  // of more, the sums take longer than the writing
+
+// to[n, k] = sum over r of a[r, n] b[r, k] for at most kOuterRows rows; zeros if there are none.
+struct OuterProduct {
+  DType dtype;
+  bool past_caches;  // `to` belongs to more memory than they hold
+  int64_t rows, width, dim;
+  const void* a;
+  int64_t a_stride;
+  const void* b;
+  int64_t b_stride;
+  void* to;  // [width, dim]
+  int threads;
+};
+
 // One entry per kernel; every instruction set has a table of its own.
 struct Kernels {
   const char* name;
@@ -210,6 +225,7 @@ struct Kernels {
   void (*expert_rows)(const ExpertRows&);
   void (*widen_int8)(const WidenInt8&);
   void (*transpose)(const Transpose&);
+  void (*outer_product)(const OuterProduct&);
 };
 
 // The tables this machine can run, best first, ended by null.

@@ -52,7 +52,8 @@ def grouped_gemm(x: Tensor, w: Tensor, offs: Tensor, *, backend: str = "auto") -
         backend: as for `lightning_attention`.
 
     Returns:
-        y [M, N] in x's dtype, summed in float32 (float64 for float64). Rows past offs[-1] are zero.
+        y [M, N] in x's dtype, summed in float32 (float64 for float64). Rows past offs[-1] are zero. On "cpu" many rows are
+        a matter of `torch.mm`, which in float32 obeys `torch.set_float32_matmul_precision`.
 
     Under autocast x and w are cast to its dtype (float64 is left alone).
 
@@ -99,7 +100,8 @@ def moe_mlp(
 
     Returns:
         y [T, D] in x's dtype. Sums are kept in float32 (float64 for float64); activations are rounded to x's dtype, as are
-        pre-activations for the backward and in the products of "cpu": in float16 they must stay below 65504.
+        pre-activations for the backward and in the products of "cpu": in float16 they must stay below 65504. Many rows of
+        an expert on "cpu": as for `grouped_gemm`.
 
     Under autocast x, gate_up and down are cast to its dtype (float64 and int8 are left alone).
 

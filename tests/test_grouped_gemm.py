@@ -22,7 +22,7 @@ COUNTS = {
     "even": (40, 40, 40),
     "empty": (0, 30, 0, 0, 65, 0),
     "one": (1,),
-    "few": (1, 0, 2, 3),
+    "few": (1, 0, 2, 3, 4, 5),
     "tails": (15, 16, 17, 31, 32, 33, 63, 64, 65),
     "whole": (127, 128, 129),
     "one group": (0, 300, 0),
@@ -51,6 +51,15 @@ def test_odd_sizes_obey_the_rule(backend, dtype, N, K):
     """Row 12."""
     a = make_groups((9, 70, 0, 2), N=N, K=K, dtype=dtype)
     check_gemm(run_gemm(a, backend), a)
+
+
+@dtypes
+@pytest.mark.parametrize("K", [1024, 1001], ids=["aligned", "unaligned"])
+def test_gradients_larger_than_the_caches(variant, dtype, K):
+    """Of matrices with few rows, or none, in memory that was used before."""
+    a = make_groups((4, 0, 1), N=affordable(variant, 750, 70), K=affordable(variant, K, 33), dtype=dtype)
+    for _ in range(2):
+        check_gemm(run_gemm(a, variant), a)
 
 
 def test_many_groups(backend):

@@ -62,6 +62,8 @@ def test_an_output_is_an_ordinary_tensor(dtype, tmp_path) -> None:
         file.seek(0)
         for other in (torch.load(file), copy.deepcopy(out), out.clone().share_memory_()):
             assert torch.equal(other, out)
+        with pytest.raises(RuntimeError, match="not resizable"):  # but this, as the README says
+            out.resize_(2048, 3072)
 
 
 def test_zeros_are_zero_where_nothing_is_written() -> None:
@@ -102,7 +104,19 @@ def test_no_more_than_the_limit_is_kept() -> None:
         few.give(piece)
     assert few.pieces == pieces[2:]
     few.give(few.take(3 * SIZE))
-    assert not few.pieces
+    assert few.pieces == pieces[2:], "what is too large drives nothing out"
+
+
+def test_the_limit_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_ATTN_KEEP_BYTES", "0")
+    nothing = MEMORY.Kept(MEMORY._limit())
+    nothing.give(nothing.take(SIZE))
+    assert not nothing.pieces
+    monkeypatch.setenv("LIGHTNING_ATTN_KEEP_BYTES", "2GB")
+    with pytest.raises(ValueError, match="LIGHTNING_ATTN_KEEP_BYTES: expected a number of bytes, got '2GB'"):
+        MEMORY._limit()
+    monkeypatch.delenv("LIGHTNING_ATTN_KEEP_BYTES")
+    assert MEMORY._limit() > 8 * SIZE
 
 
 def test_what_is_kept_is_the_systems_to_take(kept) -> None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
 COMMANDS = {
-    "Run": "pip install -c constraints.txt '.[bench]' && lightning-attn bench",
+    "Run": "pip install -c constraints.txt -e '.[bench]' && lightning-attn bench",
     "Test": "pip install -c constraints.txt -e '.[test]' && pytest",
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kTask = 64;  // rows of w that one task takes
 constexpr int64_t kPage = 4096;
+constexpr int64_t kPart = 64;  // vectors added up at a time: sums in two levels, whose error grows with the root of each
 constexpr int kRowsW = 4;      // rows of w and of x held against each other in registers
 constexpr int kRowsX = LIGHTNING_VECTOR_BYTES == 64 ? 4 : 2;
 
@@ -52,29 +53,33 @@ template <int N, int M, class Acc, class W>
 LIGHTNING_INLINE void products(const Acc* x, int64_t x_stride, const W* w, int64_t w_stride, int64_t dim,
                                Acc (&sums)[N][M]) {
   constexpr int64_t kLanes = kWidth<Acc>;
-  Vector<Acc> acc[N][M] = {};
-  const auto step = [&](int64_t k, const Vector<Acc>(&row)[N]) {
-    for (int m = 0; m < M; ++m) {
-      const Vector<Acc> xs = load(x + m * x_stride + k);
-      for (int n = 0; n < N; ++n) acc[n][m] += row[n] * xs;
-    }
-  };
-  int64_t k = 0;
-  for (; k + kLanes <= dim; k += kLanes) {
+  Vector<Acc> total[N][M] = {};
+  for (int64_t k = 0; k < dim;) {
+    Vector<Acc> acc[N][M] = {};
+    const auto add = [&](const Vector<Acc>(&row)[N]) {
+      for (int m = 0; m < M; ++m) {
+        const Vector<Acc> xs = load(x + m * x_stride + k);
+        for (int n = 0; n < N; ++n) acc[n][m] += row[n] * xs;
+      }
+    };
     Vector<Acc> row[N];
-    for (int n = 0; n < N; ++n) {
-      row[n] = load_weights<Acc>(w + n * w_stride + k);
-      prefetch(w + (n + N) * w_stride + k, 1);
+    for (const int64_t end = dim - k < kPart * kLanes ? dim : k + kPart * kLanes; k + kLanes <= end; k += kLanes) {
+      for (int n = 0; n < N; ++n) {
+        row[n] = load_weights<Acc>(w + n * w_stride + k);
+        prefetch(w + (n + N) * w_stride + k, 1);
+      }
+      add(row);
     }
-    step(k, row);
-  }
-  if (k < dim) {
-    Vector<Acc> row[N];
-    for (int n = 0; n < N; ++n) row[n] = load_first_weights<Acc>(w + n * w_stride + k, dim - k);
-    step(k, row);
+    if (k < dim && dim - k < kLanes) {
+      for (int n = 0; n < N; ++n) row[n] = load_first_weights<Acc>(w + n * w_stride + k, dim - k);
+      add(row);
+      k = dim;
+    }
+    for (int n = 0; n < N; ++n)
+      for (int m = 0; m < M; ++m) total[n][m] += acc[n][m];
   }
   for (int n = 0; n < N; ++n)
-    for (int m = 0; m < M; ++m) sums[n][m] = sum<Acc>(acc[n][m]);
+    for (int m = 0; m < M; ++m) sums[n][m] = sum<Acc>(total[n][m]);
 }
 
 template <class T, class W>

@@ -22,6 +22,7 @@ void gather_sum(const GatherSum&);
 void expert_rows(const ExpertRows&);
 void widen_int8(const WidenInt8&);
 void transpose(const Transpose&);
+void outer_product(const OuterProduct&);
 
 template <class T>
 struct TypeTag {

@@ -23,7 +23,8 @@ const Kernels kernels = {LIGHTNING_NAME(LIGHTNING_ISA),
                          gather_sum,
                          expert_rows,
                          widen_int8,
-                         transpose};
+                         transpose,
+                         outer_product};
 
 }  // namespace LIGHTNING_ISA
 }  // namespace lightning

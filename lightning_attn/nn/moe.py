@@ -82,7 +82,8 @@ class SparseMoE(nn.Module):
     def quantize(self) -> "SparseMoE":
         """The experts' matrices in int8 (`quantize_experts`), in place, for inference: buffers with the names of the
         parameters that they replace, and `gate_up_scale` [E, 2F] and `down_scale` [E, D] beside them, float32 whatever
-        dtype the module is cast to. The gate stays as it is. Returns the module.
+        dtype the module is cast to. The gate keeps its dtype, but requires no gradient any more. Load a checkpoint first.
+        Returns the module.
         """
         if not self.quantized:
             pairs = quantize_experts(self.gate_up_proj, self.down_proj)
@@ -91,6 +92,7 @@ class SparseMoE(nn.Module):
                 delattr(self, f"{name}_scale")
                 self.register_buffer(f"{name}_proj", q)
                 self.register_buffer(f"{name}_scale", scale)
+            self.gate.requires_grad_(False)
         return self
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:

@@ -3,8 +3,8 @@
 The first touch of a fresh page costs more than writing it: the system clears it, and on a virtual machine that gives
 free memory back to its host it has to be had from there again. 300 MB of gradients take 35 to 80 ms of that, or 500,
 beside 430 for their products. PyTorch's allocator for the CPU keeps nothing, so what large outputs lay in is
-kept here when they are freed, up to an eighth of the machine's memory. It is marked as free (`MADV_FREE`): the system
-takes it when anybody needs it.
+kept here when they are freed, up to `LIGHTNING_ATTN_KEEP_BYTES` (an eighth of the physical memory). It is marked as free
+(`MADV_FREE`): the system takes it when anybody needs it. Storages of such memory cannot be resized.
 """
 
 import contextlib
@@ -45,6 +45,8 @@ class Kept:
         return fresh(size)
 
     def give(self, piece: mmap.mmap) -> None:
+        if len(piece) > self.limit:
+            return
         try:
             piece.madvise(mmap.MADV_FREE)
         except OSError:  # not known to this kernel: what is kept would be missing elsewhere
@@ -66,11 +68,16 @@ def fresh(size: int) -> mmap.mmap:
     return pages
 
 
-def _an_eighth() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8 if _CAN_MAP else 0
+def _limit() -> int:
+    name = "LIGHTNING_ATTN_KEEP_BYTES"
+    if (text := os.environ.get(name)) is None:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8 if _CAN_MAP else 0
+    if not text.isdecimal():
+        raise ValueError(f"{name}: expected a number of bytes, got {text!r}")
+    return int(text)
 
 
-kept = Kept(_an_eighth())
+kept = Kept(_limit())
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -97,4 +104,5 @@ def zeros(like: Tensor, *shape: int) -> Tensor:
 
 def _tensor(like: Tensor, memory: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor that keeps `memory` alive; a view of no other."""
-    return like.new_empty(0, dtype=dtype).set_(torch.from_numpy(memory).untyped_storage(), 0, shape)
+    flat = torch.from_numpy(memory).view(dtype)
+    return like.new_empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, shape, flat.view(shape).stride())

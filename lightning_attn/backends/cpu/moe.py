@@ -21,10 +21,9 @@ from .. import Expert, Routing, threads
 from ..raw import raw
 from . import _C
 from .launch import DTYPES
-from .memory import empty, zeros
+from .memory import LARGE, empty, zeros
 from .moe_steps import (
     Matrices,
-    columns,
     expert_rows,
     gather,
     gather_sum,
@@ -34,6 +33,7 @@ from .moe_steps import (
     swiglu,
     swiglu_backward,
     transpose,
+    weight_gradient,
 )
 
 # Up to how many rows `expert_rows` beats torch.mm (measured), by the dtype of the matrices; AMX wins early.
@@ -112,7 +112,7 @@ def grouped_gemm_backward(
             product(dy[rows], w[e], out=dx[rows])
         if dw is not None:
             dy_, x_ = (gather(t[begin:end], None, 1, end - begin) for t in (dy, x))
-            product(columns(dy_), x_, out=dw[e])
+            weight_gradient(dy_, x_, end - begin, dw[e], _is_large(dw))
     if dx is not None:
         dx[_last(offs, len(x)) :] = 0
     return dx, dw
@@ -190,11 +190,12 @@ def moe_mlp_backward(
         dy_ = gather(dy, pairs, k, end - begin)
         dh, a = swiglu_backward(product(dy_, down[e]), h[begin:end], weights, pairs, interleaved, dweights)
         if ddown is not None:
-            product(columns(dy_), a, out=ddown[e])
+            weight_gradient(dy_, a, end - begin, ddown[e], _is_large(ddown))
         if dz is not None:  # what is written past the group's end is the next one's, and comes later
             product(dh, gate_up[e], out=dz[begin : begin + len(dh)])
         if dgate_up is not None:
-            product(columns(dh), gather(x, pairs, k, end - begin), out=dgate_up[e])
+            x_ = gather(x, pairs, k, end - begin)
+            weight_gradient(dh, x_, end - begin, dgate_up[e], _is_large(dgate_up))
     dx = None if dz is None else gather_sum(x, dz, position, None)
     return dx, dgate_up, ddown, dweights if need_weights else None
 
@@ -246,5 +247,9 @@ def _gradients(w: Tensor, groups: list[_Group]) -> Tensor:
         return zeros(w, *w.shape)
     dw = empty(w, *w.shape)
     for e in set(range(len(w))) - {group.expert for group in groups}:
-        dw[e].zero_()
+        weight_gradient(w[e], w[e], 0, dw[e], _is_large(dw))
     return dw
+
+
+def _is_large(dw: Tensor) -> bool:
+    return dw.nbytes >= LARGE

@@ -53,6 +53,20 @@ def transpose(x: Tensor, to: Tensor, scale: Tensor | None = None) -> None:
     ))  # fmt: skip
 
 
+def weight_gradient(dy: Tensor, x: Tensor, rows: int, dw: Tensor, past_caches: bool) -> None:
+    """dw = dy^T @ x, of which the first `rows` rows count and those after them, if any, are zero.
+
+    `past_caches`: dw belongs to a tensor so large that no cache will hold it until it is read.
+    """
+    if rows > _C.OUTER_ROWS:
+        product(columns(dy), x, out=dw)
+        return
+    _C.outer_product((
+        DTYPES[dw.dtype], past_caches, rows, *dw.shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0),
+        dw.data_ptr(), threads(),
+    ))  # fmt: skip
+
+
 def columns(x: Tensor) -> Tensor:
     """x^T, in the memory order that products of its dtype are fast with."""
     if x.itemsize > 2:
