@@ -47,6 +47,8 @@ Row = dict[str, Any]
 def table(result: dict[str, Any], shown: dict[str, Shape]) -> str:
     """Markdown: the machine and its limits, then a line for each op, pass and dtype."""
     named = [(name, row) for row in result["rows"] if (name := _name(row, shown))]
+    if not named:
+        raise SystemExit(f"the result has none of {', '.join(shown)}")
     rows = [row for _, row in named]
     peers = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != OURS))
     head = ["| op", "pass", "dtype", "time", "of the limit", *(f"against {peer}" for peer in peers)]

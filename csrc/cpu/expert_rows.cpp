@@ -123,9 +123,11 @@ class Product {
   Product(const ExpertRows& p, const Acc* x, int64_t x_stride) : p_(p), x_(x), x_stride_(x_stride) {}
 
   void operator()(int64_t e, int64_t begin, int64_t end, int64_t n_begin, int64_t n_end) const {
-    constexpr int64_t kMost = kTask / kRowsW;
-    const int64_t row = p_.w_row * int64_t(sizeof(W)), steps[] = {row * kMost > kPage ? (kPage + row - 1) / row : kMost, 1};
+    constexpr int64_t kMaxStep = kTask / kRowsW;
+    const int64_t row = p_.w_row * int64_t(sizeof(W));
+    const int64_t apart = row * kMaxStep > kPage ? (kPage + row - 1) / row : kMaxStep;
     int64_t n = n_begin;
+    const int64_t steps[] = {apart, 1};
     for (const int64_t step : steps)
       for (; n + kRowsW * step <= n_end; n += kRowsW * step)
         for (int64_t i = 0; i < step; ++i) rows<kRowsW>(e, begin, end, n + i, step);
@@ -159,7 +161,8 @@ void run(const ExpertRows& p) {
   const Buffer x_buffer(size_t(last * x_stride) * sizeof(Acc));
   auto* const x = static_cast<Acc*>(x_buffer.data());
   const Product<T, W> product(p, x, x_stride);
-  const int64_t blocks = (p.width + kTask - 1) / kTask;
+  const bool scarce = count * p.width < 4 * kTask * p.threads;  // tasks: half of one is better than none
+  const int64_t size = scarce ? kTask / 2 : kTask, blocks = (p.width + size - 1) / size;
   const bool alone = double(count) * double(p.width) * double(p.dim) < (1 << 17);  // does not repay a second thread
 
 #pragma omp parallel num_threads(alone ? 1 : p.threads)
@@ -173,8 +176,8 @@ void run(const ExpertRows& p) {
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < count * blocks; ++task) {
       const Group& g = groups[task / blocks];
-      const int64_t n = task % blocks * kTask;
-      product(g.expert, g.begin, g.end, n, p.width - n < kTask ? p.width : n + kTask);
+      const int64_t n = task % blocks * size;
+      product(g.expert, g.begin, g.end, n, p.width - n < size ? p.width : n + size);
     }
   }
 }
