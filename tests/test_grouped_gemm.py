@@ -58,7 +58,7 @@ def test_odd_sizes_obey_the_rule(backend, dtype, N, K):
 def test_gradients_written_past_the_caches(variant, dtype, K, monkeypatch):
     """Of matrices with few rows, or none: on a CPU those of large gradients."""
     if variant == "cpu":
-        monkeypatch.setattr("lightning_attn.backends.cpu.moe.LARGE", 0)
+        monkeypatch.setattr("lightning_attn.backends.cpu.moe_steps.LARGE", 0)
     a = make_groups((4, 0, 1, 2, 3), N=70, K=K, dtype=dtype)
     with poisoned_memory():
         actual = run_gemm(a, variant)

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kTask = 64;  // rows of w that one task takes
 constexpr int64_t kPage = 4096;
-constexpr int64_t kPart = 64;  // vectors added up at a time: sums in two levels, whose error grows with the root of each
+constexpr int64_t kPart = 64;  // vectors added up at a time: the two levels of LongSum, with one count for all sums
 constexpr int kRowsW = 4;      // rows of w and of x held against each other in registers
 constexpr int kRowsX = LIGHTNING_VECTOR_BYTES == 64 ? 4 : 2;
 

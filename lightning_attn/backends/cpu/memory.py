@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LARGE = (
-    1 << 24
-)  # bytes; below, glibc keeps memory itself (measured: no difference up to here, a third at twice as much)
+# Bytes. Below, glibc keeps memory itself: filling a block takes the same time up to here, a third at twice as much.
+LARGE = 1 << 24
 _WASTE = 1.25  # how much larger than asked for a block may be
 _CAN_MAP = all(hasattr(mmap, name) for name in ("MAP_ANONYMOUS", "MADV_FREE"))
 

@@ -21,7 +21,7 @@ from .. import Expert, Routing, threads
 from ..raw import raw
 from . import _C
 from .launch import DTYPES
-from .memory import LARGE, empty, zeros
+from .memory import empty, zeros
 from .moe_steps import (
     Matrices,
     expert_rows,
@@ -105,14 +105,13 @@ def grouped_gemm_backward(
     dx = empty(x, *x.shape) if need_x else None
     dw = _gradients(w, groups) if need_w else None
     for e, begin, end in groups:
-        if (
-            dx is not None
-        ):  # what is written past the group's end is the next one's or nobody's, and comes later
+        # What is written past the group's end is the next one's or nobody's, and comes later.
+        if dx is not None:
             rows = slice(begin, begin + min(rounded(end - begin, x.dtype), len(x) - begin))
             product(dy[rows], w[e], out=dx[rows])
         if dw is not None:
             dy_, x_ = (gather(t[begin:end], None, 1, end - begin) for t in (dy, x))
-            weight_gradient(dy_, x_, end - begin, dw[e], _is_large(dw))
+            weight_gradient(dy_, x_, end - begin, dw, e)
     if dx is not None:
         dx[_last(offs, len(x)) :] = 0
     return dx, dw
@@ -190,12 +189,11 @@ def moe_mlp_backward(
         dy_ = gather(dy, pairs, k, end - begin)
         dh, a = swiglu_backward(product(dy_, down[e]), h[begin:end], weights, pairs, interleaved, dweights)
         if ddown is not None:
-            weight_gradient(dy_, a, end - begin, ddown[e], _is_large(ddown))
+            weight_gradient(dy_, a, end - begin, ddown, e)
         if dz is not None:  # what is written past the group's end is the next one's, and comes later
             product(dh, gate_up[e], out=dz[begin : begin + len(dh)])
         if dgate_up is not None:
-            x_ = gather(x, pairs, k, end - begin)
-            weight_gradient(dh, x_, end - begin, dgate_up[e], _is_large(dgate_up))
+            weight_gradient(dh, gather(x, pairs, k, end - begin), end - begin, dgate_up, e)
     dx = None if dz is None else gather_sum(x, dz, position, None)
     return dx, dgate_up, ddown, dweights if need_weights else None
 
@@ -243,13 +241,11 @@ def _chunks(groups: list[_Group]) -> Iterator[_Group]:
 
 def _gradients(w: Tensor, groups: list[_Group]) -> Tensor:
     """Memory for the gradient of each matrix: of those without rows it is zero."""
-    if 5 * len(groups) < len(w):  # fresh memory costs more than zeros written over what was kept
+    if 5 * len(groups) < len(
+        w
+    ):  # no more than these, as fresh memory costs more than zeros over what was kept
         return zeros(w, *w.shape)
     dw = empty(w, *w.shape)
     for e in set(range(len(w))) - {group.expert for group in groups}:
-        weight_gradient(w[e], w[e], 0, dw[e], _is_large(dw))
+        weight_gradient(w[e], w[e], 0, dw, e)  # a sum of nothing
     return dw
-
-
-def _is_large(dw: Tensor) -> bool:
-    return dw.nbytes >= LARGE

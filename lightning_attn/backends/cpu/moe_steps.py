@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import Expert, threads
 from . import _C
 from .launch import DTYPES
-from .memory import empty
+from .memory import LARGE, empty
 
 # What the number of rows of a product is rounded up to. oneDNN compiles a kernel for each number of rows of
 # 16-bit operands: 2 ms, more than the product. Where the rows lie along memory, MKL wants whole cache lines:
@@ -53,14 +53,13 @@ def transpose(x: Tensor, to: Tensor, scale: Tensor | None = None) -> None:
     ))  # fmt: skip
 
 
-def weight_gradient(dy: Tensor, x: Tensor, rows: int, dw: Tensor, past_caches: bool) -> None:
-    """dw = dy^T @ x, of which the first `rows` rows count and those after them, if any, are zero.
-
-    `past_caches`: dw belongs to a tensor so large that no cache will hold it until it is read.
-    """
+def weight_gradient(dy: Tensor, x: Tensor, rows: int, gradients: Tensor, e: int) -> None:
+    """gradients[e] = dy^T @ x, of which the first `rows` rows count and those after them, if any, are zero."""
+    dw = gradients[e]
     if rows > _C.OUTER_ROWS:
         product(columns(dy), x, out=dw)
         return
+    past_caches = gradients.nbytes >= LARGE  # none will hold them until they are read
     _C.outer_product((
         DTYPES[dw.dtype], past_caches, rows, *dw.shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0),
         dw.data_ptr(), threads(),
