@@ -155,6 +155,38 @@ def test_prefill_then_decode(backend: str, dtype: torch.dtype, cuts: tuple[int, 
     )
 
 
+@on_cpu
+@dtypes
+def test_decode_in_place(backend: str, dtype: torch.dtype) -> None:
+    """Row 18: one token at a time on a pool of states is one call; -1 is padding, other rows stay as they are."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    module, x, first = layer(dtype), normal(2, 9, HIDDEN).to(dtype), states(2).to(wide)
+    pool = torch.full((5, *first.shape[1:]), 7, dtype=wide)
+    pool[[3, 1]] = first
+    slots = torch.tensor([3, -1, 1])
+    rows = torch.stack([x[0], torch.full_like(x[0], torch.nan), x[1]])
+    with torch.no_grad():
+        truth = copy.deepcopy(module).double()(
+            x.double(), state=first.double(), return_state=True, backend="reference"
+        )
+        plain_ = module(x, state=first, return_state=True, backend="reference")
+        y = torch.cat(
+            [module.decode(token, pool, slots=slots, backend=backend) for token in rows.split(1, 1)], 1
+        )
+    for got, exact, other in zip((y[::2], pool[[3, 1]]), truth, plain_, strict=True):
+        error, allowed = ((r.double() - exact).abs().max() for r in (got, other))
+        assert error <= 2 * allowed + 4 * torch.finfo(got.dtype).eps * exact.abs().max()
+    assert (pool[[0, 2, 4]] == 7).all()
+
+
+def test_decode_wants_no_gradient() -> None:
+    module = layer()
+    with pytest.raises(ValueError, match="requires grad"):
+        module.decode(normal(2, 1, HIDDEN), states(2))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"x of shape \[B, T, "):
+        module.decode(normal(2, 1, HIDDEN + 1), states(2))
+
+
 def test_state_is_not_written() -> None:
     """Row 18: the state that comes in stays as it is, and return_state changes no output."""
     module, x, state = layer(), normal(2, 10, HIDDEN), states(2)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import decay, validation
-from ..functional import lightning_attention
+from ..functional import lightning_attention, lightning_attention_decode
 from .norm import GatedRMSNorm
 
 
@@ -83,13 +83,37 @@ class LightningAttention(nn.Module):
             y, state = self._attend_masked(x, state, return_state, attention_mask != 0, backend)
         return y if state is None else (y, state)
 
+    def decode(
+        self, x: Tensor, state: Tensor, *, slots: Tensor | None = None, backend: str = "auto"
+    ) -> Tensor:
+        """Applies the layer to few new tokens, and updates a pool of states in place.
+
+        Args:
+            x: [B, T, hidden_size], T = 1 typically.
+            state: [S, H, D, D], slots: [B], backend: as for `lightning_attention_decode`.
+
+        Returns:
+            y [B, T, hidden_size].
+
+        Raises:
+            TypeError, ValueError: as `lightning_attention_decode`, also if anything requires grad while grad mode is on.
+        """
+        validation.layer(x, self.hidden_size, (self.num_heads, self.head_dim, self.head_dim))
+        o = lightning_attention_decode(*self._project(x), self.decay, state, slots=slots, backend=backend)
+        return self._output(x, o, backend)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        B, T, _ = x.shape
+        q, k, v = F.silu(self.qkv_proj(x)).view(B, T, self.num_heads, 3 * self.head_dim).chunk(3, dim=-1)
+        return q, k, v
+
+    def _output(self, x: Tensor, o: Tensor, backend: str) -> Tensor:
+        return self.out_proj(self.norm(o.flatten(2), self.output_gate(x), backend=backend))
+
     def _attend(
         self, x: Tensor, state: Tensor | None, return_state: bool, cu_seqlens: Tensor | None, backend: str
     ) -> tuple[Tensor, Tensor | None]:
-        B, T, _ = x.shape
-        H, D = self.num_heads, self.head_dim
-        qkv = F.silu(self.qkv_proj(x)).view(B, T, H, 3 * D)
-        q, k, v = qkv.split(D, dim=-1)
+        q, k, v = self._project(x)
         result = lightning_attention(
             q,
             k,
@@ -101,8 +125,7 @@ class LightningAttention(nn.Module):
             backend=backend,
         )
         o, state = result if isinstance(result, tuple) else (result, None)
-        y = self.norm(o.reshape(B, T, H * D), self.output_gate(x), backend=backend)
-        return self.out_proj(y), state
+        return self._output(x, o, backend), state
 
     def _attend_masked(
         self, x: Tensor, state: Tensor | None, return_state: bool, mask: Tensor, backend: str

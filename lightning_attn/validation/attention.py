@@ -91,9 +91,9 @@ def layer(
     x: Tensor,
     hidden_size: int,
     state_shape: tuple[int, int, int],
-    state: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
+    state: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> None:
     """The structure of the arguments of LightningAttention that lightning_attention does not see."""
     function = "LightningAttention"

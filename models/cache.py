@@ -1,0 +1,253 @@
+"""What generation carries from token to token: lightning states, keys and values, and how to go back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import LIGHTNING, TextConfig
+from .step import Step
+
+
+class Rows:
+    """Tokens of B sequences by position, [B, capacity, ...], without padding; grows by doubling. With `keep`, what lies
+    further back than that many tokens may be dropped.
+    """
+
+    def __init__(self, B: int, keep: int | None = None) -> None:
+        self.keep, self.dropped = keep, [0] * B
+        self.buffer: Tensor | None = None
+
+    def write(self, x: Tensor, step: Step) -> None:
+        """x [B, T, ...]: the step's tokens."""
+        self._reserve(x, step)
+        assert self.buffer is not None
+        if step.uniform and len(set(self.dropped)) <= 1:
+            first = step.starts[0] - self.dropped[0] if step.starts else 0
+            self.buffer[:, first : first + x.shape[1]] = x
+            return
+        places = step.positions - torch.tensor(self.dropped, device=x.device)[:, None]
+        rows = torch.arange(len(x), device=x.device)[:, None].expand_as(places)
+        if step.mask is not None:
+            x, places, rows = x[step.mask], places[step.mask], rows[step.mask]
+        self.buffer[rows, places] = x
+
+    def _reserve(self, x: Tensor, step: Step) -> None:
+        held = [start - dropped for start, dropped in zip(step.starts, self.dropped, strict=True)]
+        needed = max((end - d for end, d in zip(step.ends, self.dropped, strict=True)), default=0)
+        capacity = 0 if self.buffer is None else self.buffer.shape[1]
+        if needed <= capacity and self.buffer is not None:
+            return
+        excess = [0 if self.keep is None else max(n - self.keep, 0) for n in held]
+        needed = max((n - e + x.shape[1] for n, e in zip(held, excess, strict=True)), default=0)
+        # Zeros: what no query sees is multiplied all the same.
+        grown = x.new_zeros(
+            len(x), max(needed, 2 * capacity if self.keep is None else 2 * needed), *x.shape[2:]
+        )
+        for b, (n, e) in enumerate(zip(held, excess, strict=True)):
+            if n > e and self.buffer is not None:
+                grown[b, : n - e] = self.buffer[b, e:n]
+        self.buffer = grown
+        self.dropped = [d + e for d, e in zip(self.dropped, excess, strict=True)]
+
+    def view(self, ends: Sequence[int]) -> Tensor:
+        """[B, L, ...], L the most tokens that a row holds."""
+        assert self.buffer is not None
+        return self.buffer[:, : max((e - d for e, d in zip(ends, self.dropped, strict=True)), default=0)]
+
+    def select(self, rows: Tensor) -> None:
+        self.dropped = [self.dropped[b] for b in rows.tolist()]
+        if self.buffer is not None:
+            self.buffer = self.buffer[rows.to(self.buffer.device)]
+
+
+class KeyValues:
+    """The keys (turned by RoPE) and values of one softmax layer."""
+
+    def __init__(self, B: int, window: int | None) -> None:
+        keep = None if window is None else window - 1
+        self.keys, self.values = Rows(B, keep), Rows(B, keep)
+
+    def update(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Takes the step's k, v [B, T, G, D]; returns all that are held, [B, L, G, D], and their positions [B, L]."""
+        self.keys.write(k, step)
+        self.values.write(v, step)
+        keys, values = self.keys.view(step.ends), self.values.view(step.ends)
+        first = torch.tensor(self.keys.dropped, device=k.device)[:, None]
+        return keys, values, first + torch.arange(keys.shape[1], device=k.device)
+
+    def select(self, rows: Tensor) -> None:
+        self.keys.select(rows)
+        self.values.select(rows)
+
+
+@dataclass
+class Snapshot:
+    lengths: list[int]  # [B], of each row when it was taken; -1 where the row has gone another way since
+    states: dict[int, Tensor]  # by layer
+
+
+class Cache:
+    """The state of generation for B sequences of different lengths.
+
+    A lightning layer holds [B, H, D, D] float32 whatever the length, updated in place; a softmax layer its keys and
+    values. Padding is never stored, so a row depends on nothing but its own tokens.
+
+    With `rollback`, `crop` can go back to any earlier length: snapshots of the lightning states are kept, about as many
+    as the logarithm of the length, the closer the later, and what was fed since is run again by the next
+    forward pass. That costs a snapshot now and then and the inputs' embeddings, [B, length, hidden].
+    """
+
+    SNAPSHOT_EVERY = 16  # tokens, at least: a snapshot in each decode step would double its traffic
+
+    def __init__(self, config: TextConfig, batch_size: int, *, rollback: bool = True) -> None:
+        self.config, self.rollback = config, rollback
+        self.stored = [0] * batch_size  # tokens of each row that the layers have taken
+        self.states: dict[int, Tensor] = {}
+        self.softmax = {
+            layer: KeyValues(batch_size, config.sliding_window)
+            for layer, kind in enumerate(config.attn_type_list)
+            if kind != LIGHTNING
+        }
+        self.inputs = Rows(batch_size)
+        self.snapshots: list[Snapshot] = []
+        self.pending: tuple[Tensor, Tensor] | None = (
+            None  # inputs [B, P, hidden] to run again, and their mask [B, P]
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.stored)
+
+    @property
+    def lengths(self) -> list[int]:
+        """[B] the number of real tokens of each row."""
+        if self.pending is None:
+            return list(self.stored)
+        return [n + m for n, m in zip(self.stored, self.pending[1].sum(1).tolist(), strict=True)]
+
+    @property
+    def nbytes(self) -> int:
+        """Of everything that is held."""
+        rows = [rows for kv in self.softmax.values() for rows in (kv.keys, kv.values)] + [self.inputs]
+        tensors = [r.buffer for r in rows if r.buffer is not None] + list(self.states.values())
+        tensors += [state for snapshot in self.snapshots for state in snapshot.states.values()]
+        return sum(t.nbytes for t in tensors)
+
+    def state(self, layer: int, like: Tensor) -> Tensor:
+        """The states [B, H, D, D] of a lightning layer, on the device of its inputs."""
+        if layer not in self.states:
+            H, D = self.config.num_attention_heads, self.config.head_dim
+            dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+            self.states[layer] = torch.zeros(self.batch_size, H, D, D, device=like.device, dtype=dtype)
+        return self.states[layer]
+
+    def begin(self, x: Tensor, step: Step) -> None:
+        """Before the layers take a step's inputs x [B, T, hidden]."""
+        if not self.rollback:
+            return
+        self.inputs.write(x, step)
+        last = self.snapshots[-1].lengths if self.snapshots else [0] * self.batch_size
+        if self.states and sum(self.stored) - sum(last) >= self.SNAPSHOT_EVERY * max(self.batch_size, 1):
+            self.snapshots.append(
+                Snapshot(list(self.stored), {layer: state.clone() for layer, state in self.states.items()})
+            )
+            self._thin()
+
+    def end(self, step: Step) -> None:
+        """After the last layer."""
+        self.stored = list(step.ends)
+        self.pending = None
+
+    def _thin(self) -> None:
+        """Drops a snapshot where its neighbours are no further apart than the later one lies back: what `crop` must run
+        again is then at most about as long as what it takes away.
+        """
+        now = sum(self.stored)
+        at = [sum(max(n, 0) for n in s.lengths) for s in self.snapshots]
+        i = len(at) - 2
+        while i > 0:
+            if at[i + 1] - at[i - 1] <= now - at[i + 1]:
+                del self.snapshots[i], at[i]
+            i -= 1
+
+    def crop(self, length: int | Sequence[int]) -> None:
+        """Forgets all but the first `length` tokens of each row (a number, or one for each row); a row that is not so long
+        stays as it is.
+
+        Raises ValueError for a length that is negative, and where the cache cannot go back (without rollback, or
+        beyond the sliding window).
+        """
+        now = self.lengths
+        wanted = list(length) if isinstance(length, Sequence) else [length] * len(now)
+        if len(wanted) != len(now) or any(not isinstance(n, int) or n < 0 for n in wanted):
+            raise ValueError(
+                f"crop: expected a length >= 0, or one for each of {len(now)} rows, got {length}"
+            )
+        wanted = [min(n, m) for n, m in zip(wanted, now, strict=True)]
+        if wanted == now:
+            return
+        if not self.rollback and any(wanted):
+            raise ValueError(
+                f"crop: expected a Cache with rollback=True to go back to {length}, got rollback=False"
+            )
+        bases = [self._restore(b, n) for b, n in enumerate(wanted)]
+        self.snapshots = [s for s in self.snapshots if any(n > 0 for n in s.lengths)]
+        self.stored = bases
+        counts = [n - base for n, base in zip(wanted, bases, strict=True)]
+        self.pending = self._again(bases, counts) if any(counts) else None
+
+    def _restore(self, b: int, length: int) -> int:
+        """Row b's states at the latest place up to `length` that is known; returns that place."""
+        if length >= self.stored[b]:
+            return self.stored[b]  # what is pending is cut
+        states, base = None, 0
+        for snapshot in self.snapshots:
+            if snapshot.lengths[b] > length:
+                snapshot.lengths[b] = -1
+            elif snapshot.lengths[b] >= base:
+                base, states = snapshot.lengths[b], snapshot.states
+        for kv in self.softmax.values():
+            oldest = kv.keys.dropped[b]
+            if oldest and base - (self.config.sliding_window or 0) + 1 < oldest:
+                raise ValueError(
+                    f"crop: expected a length whose window is still held (from token {oldest} on), got {length}"
+                )
+        for layer, state in self.states.items():
+            if states is None:
+                state[b].zero_()
+            else:
+                state[b].copy_(states[layer][b])
+        return base
+
+    def _again(self, bases: list[int], counts: list[int]) -> tuple[Tensor, Tensor]:
+        assert self.inputs.buffer is not None
+        longest = max(counts)
+        pieces = [
+            self.inputs.buffer[b, base : base + n]
+            for b, (base, n) in enumerate(zip(bases, counts, strict=True))
+        ]
+        x = torch.stack([F.pad(piece, (0, 0, 0, longest - len(piece))) for piece in pieces])
+        mask = torch.arange(longest, device=x.device) < torch.tensor(counts, device=x.device)[:, None]
+        return x, mask
+
+    def select(self, rows: Tensor | Sequence[int]) -> None:
+        """Row i becomes what row rows[i] was, as beam search needs it; the batch size may change."""
+        rows = torch.as_tensor(rows, dtype=torch.int64, device="cpu")
+        if rows.dim() != 1 or rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self.batch_size:
+            raise ValueError(f"select: expected rows [n] in [0, {self.batch_size}), got {rows.tolist()}")
+        picks = rows.tolist()
+        self.stored = [self.stored[b] for b in picks]
+        self.states = {layer: state[rows.to(state.device)] for layer, state in self.states.items()}
+        for snapshot in self.snapshots:
+            snapshot.lengths = [snapshot.lengths[b] for b in picks]
+            snapshot.states = {layer: s[rows.to(s.device)] for layer, s in snapshot.states.items()}
+        for kv in self.softmax.values():
+            kv.select(rows)
+        self.inputs.select(rows)
+        if self.pending is not None:
+            self.pending = tuple(x[rows.to(x.device)] for x in self.pending)  # type: ignore[assignment]
