@@ -76,7 +76,7 @@ def search(
         values, flat = (x.cpu() for x in scores.view(B, n * V).topk(count))
         rows, tokens, kept = [], [], []
         for b in range(B):
-            running = []
+            running: list[tuple[float, int, int]] = []  # (log p, beam, token)
             for rank, (total, i) in enumerate(zip(values[b].tolist(), flat[b].tolist(), strict=True)):
                 beam, token = divmod(i, V)
                 if token in stop:

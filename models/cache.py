@@ -115,6 +115,7 @@ class Cache:
         }
         self.inputs = Rows(batch_size)
         self.snapshots: list[Snapshot] = []
+        self.torn: bool = False  # a step has begun and not ended: some layers may have taken its tokens
         self.pending: tuple[Tensor, Tensor] | None = (
             None  # inputs [B, P, hidden] to run again, and their mask [B, P]
         )
@@ -147,7 +148,13 @@ class Cache:
         return self.states[layer]
 
     def begin(self, x: Tensor, step: Step) -> None:
-        """Before the layers take a step's inputs x [B, T, hidden]."""
+        """Before the layers take a step's inputs x [B, T, hidden]. Raises ValueError if the last step has failed."""
+        if self.torn:
+            raise ValueError(
+                "Cache: expected a cache whose last step was whole, got one that an error interrupted: crop it, at its "
+                "present length if it has rollback=True, to 0 without"
+            )
+        self.torn = True
         if not self.rollback:
             return
         self.inputs.write(x, step)
@@ -161,7 +168,7 @@ class Cache:
     def end(self, step: Step) -> None:
         """After the last layer."""
         self.stored = list(step.ends)
-        self.pending = None
+        self.pending, self.torn = None, False
 
     def _thin(self) -> None:
         """Drops a snapshot where its neighbours are no further apart than the later one lies back: what `crop` must run
@@ -179,8 +186,7 @@ class Cache:
         """Forgets all but the first `length` tokens of each row (a number, or one for each row); a row that is not so long
         stays as it is.
 
-        Raises ValueError for a length that is negative, and where the cache cannot go back (without rollback, or
-        beyond the sliding window).
+        Raises ValueError for a length that is negative, and for any other than 0 and the present one without rollback.
         """
         now = self.lengths
         wanted = list(length) if isinstance(length, Sequence) else [length] * len(now)
@@ -189,40 +195,51 @@ class Cache:
                 f"crop: expected a length >= 0, or one for each of {len(now)} rows, got {length}"
             )
         wanted = [min(n, m) for n, m in zip(wanted, now, strict=True)]
-        if wanted == now:
+        if wanted == now and not self.torn:
             return
         if not self.rollback and any(wanted):
             raise ValueError(
                 f"crop: expected a Cache with rollback=True to go back to {length}, got rollback=False"
             )
-        bases = [self._restore(b, n) for b, n in enumerate(wanted)]
+        found = [self._latest(b, n) for b, n in enumerate(wanted)]
+        for b, (base, snapshot) in enumerate(found):
+            self._restore(b, base, snapshot)
+        bases = [base for base, _ in found]
+        for snapshot in self.snapshots:
+            snapshot.lengths = [
+                n if n <= limit else -1 for n, limit in zip(snapshot.lengths, wanted, strict=True)
+            ]
         self.snapshots = [s for s in self.snapshots if any(n > 0 for n in s.lengths)]
         self.stored = bases
         counts = [n - base for n, base in zip(wanted, bases, strict=True)]
         self.pending = self._again(bases, counts) if any(counts) else None
+        self.torn = False
 
-    def _restore(self, b: int, length: int) -> int:
-        """Row b's states at the latest place up to `length` that is known; returns that place."""
-        if length >= self.stored[b]:
-            return self.stored[b]  # what is pending is cut
-        states, base = None, 0
-        for snapshot in self.snapshots:
-            if snapshot.lengths[b] > length:
-                snapshot.lengths[b] = -1
-            elif snapshot.lengths[b] >= base:
-                base, states = snapshot.lengths[b], snapshot.states
-        for kv in self.softmax.values():
-            oldest = kv.keys.dropped[b]
-            if oldest and base - (self.config.sliding_window or 0) + 1 < oldest:
-                raise ValueError(
-                    f"crop: expected a length whose window is still held (from token {oldest} on), got {length}"
-                )
+    def _latest(self, b: int, length: int) -> tuple[int, Snapshot | None]:
+        """The latest place up to `length` at which row b's states are known, and their snapshot; None: as they are, or at 0
+        zero.
+        """
+        if length >= self.stored[b] and not self.torn:
+            return self.stored[b], None  # what is pending is cut
+        # What precedes a snapshot by less than the window must still be held; from 0 on all can be run again.
+        oldest = max((kv.keys.dropped[b] for kv in self.softmax.values()), default=0)
+        first = oldest + (self.config.sliding_window or 0) - 1 if oldest else 1
+        known = [s for s in self.snapshots if first <= s.lengths[b] <= length]
+        best = max(known, key=lambda s: s.lengths[b], default=None)
+        base = 0 if best is None else best.lengths[b]
+        return base, best
+
+    def _restore(self, b: int, base: int, snapshot: Snapshot | None) -> None:
+        if base and snapshot is None:
+            return
         for layer, state in self.states.items():
-            if states is None:
+            if snapshot is None:
                 state[b].zero_()
             else:
-                state[b].copy_(states[layer][b])
-        return base
+                state[b].copy_(snapshot.states[layer][b])
+        if base == 0:
+            for kv in self.softmax.values():
+                kv.keys.dropped[b] = kv.values.dropped[b] = 0
 
     def _again(self, bases: list[int], counts: list[int]) -> tuple[Tensor, Tensor]:
         assert self.inputs.buffer is not None

@@ -36,7 +36,7 @@ __all__ = ["load", "save"]
 _DERIVED = re.compile(r"(.*\.self_attn)\.(slope_rate|query_decay|key_decay|diagonal_decay)")
 _HEADS = ("lm_head.", "score.", "qa_outputs.")
 
-Copies = dict[str, list[tuple[Index, Entry]]]  # by stored name: which part of it goes where
+Copies = dict[str, list[tuple[Index, str]]]  # by stored name: its parts, and the released name of each
 
 
 def load(
@@ -87,15 +87,16 @@ def load(
     if int8:
         quantize(model)
     placed.apply(model)
-    _draw(new, config)
+    places = entries(model)  # not before: quantising replaces modules
+    _draw([places[name] for name in new], config)
     with _bar(console, progress and console.is_terminal) as bar:
-        _copy(stored, copies, derived, bar)
+        _copy(stored, copies, places, derived, bar)
     return model.eval()
 
 
 def _match(
     directory: Path, model: nn.Module, stored: Mapping[str, Stored], other_heads: bool
-) -> tuple[Copies, dict[str, LightningAttention], list[Entry]]:
+) -> tuple[Copies, dict[str, LightningAttention], list[str]]:
     """What to copy where; the derived tensors and their layers, to be compared; and what is to be drawn anew."""
     places = entries(model)
     modules = dict(model.named_modules())
@@ -109,34 +110,36 @@ def _match(
         other = _DERIVED.fullmatch(name)
         if fused and isinstance(moe := modules.get(fused[1]), SparseMoE):
             shape = tuple(getattr(moe, fused[2]).shape)
-            targets = [(part, places[f"{fused[1]}.{n}"]) for n, part in expert_parts(fused[2], moe)]
+            targets = [(part, f"{fused[1]}.{n}") for n, part in expert_parts(fused[2], moe)]
         elif other and isinstance(layer := modules.get(other[1]), LightningAttention):
             if other[2] == "slope_rate":
                 derived[given] = layer
             continue
         elif name in places:
-            shape, targets = places[name].shape, [((), places[name])]
+            shape, targets = places[name].shape, [((), name)]
         elif other_heads and name.removeprefix("language_model.").startswith(_HEADS):
             continue
         else:
             problems.append(f"{given}: expected no such tensor, got {_described(tensor)}")
             continue
-        for _, entry in targets:
-            if entry.name in source:
-                problems.append(f"{entry.name}: expected it once, got {source[entry.name]} and {given}")
+        for _, target in targets:
+            if target in source:
+                problems.append(f"{target}: expected it once, got {source[target]} and {given}")
                 break
-            source[entry.name] = given
+            source[target] = given
         if tensor.shape != shape:
             problems.append(f"{given}: expected shape {list(shape)}, got {_described(tensor)}")
         elif tensor.dtype not in DTYPES:
             hint = "load the floating checkpoint, with int8=True if it is to be small"
             problems.append(f"{given}: expected dtype {', '.join(DTYPES)}, got {_described(tensor)}: {hint}")
         copies[given] = targets
-    missing = [entry for name, entry in places.items() if name not in source]
-    new = [entry for entry in missing if other_heads and entry.name.startswith(_HEADS)]
-    if {entry.name for entry in new} != {name for name in places if name.startswith(_HEADS)}:
+    missing = [name for name in places if name not in source]
+    new = [name for name in missing if other_heads and name.startswith(_HEADS)]
+    if len(new) != sum(name.startswith(_HEADS) for name in places):
         new = []  # half a head is none
-    problems += [f"{e.name}: expected {list(e.shape)}, got no such tensor" for e in missing if e not in new]
+    for name in missing:
+        if name not in new:
+            problems.append(f"{name}: expected {list(places[name].shape)}, got no such tensor")
     fail(f"checkpoint {directory}: expected the tensors of the network in its config.json", problems)
     return copies, derived, new
 
@@ -156,7 +159,11 @@ def _common_dtype(stored: Mapping[str, Stored]) -> torch.dtype:
 
 @torch.no_grad()
 def _copy(
-    stored: Mapping[str, Stored], copies: Copies, derived: Mapping[str, LightningAttention], bar: Progress
+    stored: Mapping[str, Stored],
+    copies: Copies,
+    places: Mapping[str, Entry],
+    derived: Mapping[str, LightningAttention],
+    bar: Progress,
 ) -> None:
     sizes: dict[Path, dict[str, int]] = {}
     for name in (*copies, *derived):
@@ -167,8 +174,8 @@ def _copy(
             for name, handle in read(file, of):
                 if name in derived:
                     _compare(name, derived[name], handle.get_tensor(name))
-                for part, entry in copies.get(name, []):
-                    entry.write(part_of(handle, name, part))
+                for part, target in copies.get(name, []):
+                    places[target].write(part_of(handle, name, part))
                 bar.advance(task, of[name])
         except (SafetensorError, OSError) as error:
             raise ValueError(

@@ -3,63 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LIGHTNING, SOFTMAX = 0, 1  # the values in attn_type_list
+from . import fields
+from .fields import LIGHTNING, SOFTMAX
+
 END_OF_SENTENCE = 200020
-
-# transformers' names -> the released ones
-_TRANSFORMERS = {
-    "full_attn_alpha_factor": "layernorm_full_attention_alpha",
-    "full_attn_beta_factor": "layernorm_full_attention_beta",
-    "linear_attn_alpha_factor": "layernorm_linear_attention_alpha",
-    "linear_attn_beta_factor": "layernorm_linear_attention_beta",
-    "mlp_alpha_factor": "layernorm_mlp_alpha",
-    "mlp_beta_factor": "layernorm_mlp_beta",
-}
-_LAYER_TYPES = {"linear_attention": LIGHTNING, "full_attention": SOFTMAX}
-
-# What says nothing about the network: where a config came from, and what a program does with its outputs.
-_INERT = frozenset(
-    [
-        "_name_or_path",
-        "_attn_implementation",
-        "architectures",
-        "auto_map",
-        "block_size",
-        "chunk_size_feed_forward",
-        "dtype",
-        "id2label",
-        "is_encoder_decoder",
-        "label2id",
-        "model_type",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "problem_type",
-        "return_dict",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "bos_token_id",
-        "num_labels",
-    ]
-)
-# What the released network does not have: the only value that we can honour.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "attention_dropout": (0, None),
-    "router_jitter_noise": (0, None),
-    "shared_intermediate_size": (0, None),
-    "shared_moe_mode": ("sigmoid", None),
-    "postnorm": (True,),
-    "hidden_act": ("silu",),
-    "tie_word_embeddings": (False,),
-    "rope_scaling": (None,),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,27 +50,31 @@ class TextConfig:
     eos_token_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        fields.check_types(self)
         sizes = (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
             "head_dim num_local_experts num_experts_per_tok max_position_embeddings"
         )
         for name in sizes.split():
-            _expect(getattr(self, name) >= 1, f"{name} >= 1", getattr(self, name))
+            fields.expect(getattr(self, name) >= 1, f"{name} >= 1", getattr(self, name))
         L, types = self.num_hidden_layers, self.attn_type_list
-        _expect(len(types) == L, f"attn_type_list of num_hidden_layers = {L} entries", len(types))
-        _expect(set(types) <= {LIGHTNING, SOFTMAX}, "attn_type_list of 0 (lightning) and 1 (softmax)", types)
+        fields.expect(len(types) == L, f"attn_type_list of num_hidden_layers = {L} entries", len(types))
+        fields.expect(
+            set(types) <= {LIGHTNING, SOFTMAX}, "attn_type_list of 0 (lightning) and 1 (softmax)", types
+        )
         heads, groups = self.num_attention_heads, self.num_key_value_heads
-        _expect(heads % groups == 0, f"num_key_value_heads to divide num_attention_heads = {heads}", groups)
+        fields.expect(
+            heads % groups == 0, f"num_key_value_heads to divide num_attention_heads = {heads}", groups
+        )
         experts, k = self.num_local_experts, self.num_experts_per_tok
-        _expect(k <= experts, f"num_experts_per_tok <= num_local_experts = {experts}", k)
+        fields.expect(k <= experts, f"num_experts_per_tok <= num_local_experts = {experts}", k)
         r, d = self.rotary_dim, self.head_dim
-        _expect(0 <= r <= d and r % 2 == 0, f"rotary_dim even and at most head_dim = {d}", r)
-        _expect(self.rope_theta > 0 and self.rms_norm_eps > 0, "rope_theta and rms_norm_eps > 0", self)
+        fields.expect(0 <= r <= d and r % 2 == 0, f"rotary_dim even and at most head_dim = {d}", r)
+        fields.expect(self.rope_theta > 0 and self.rms_norm_eps > 0, "rope_theta and rms_norm_eps > 0", self)
         window = self.sliding_window
-        _expect(window is None or window >= 1, "sliding_window None or >= 1", window)
+        fields.expect(window is None or window >= 1, "sliding_window None or >= 1", window)
         for token in (*self.eos_token_ids, *([] if self.pad_token_id is None else [self.pad_token_id])):
-            _expect(
+            fields.expect(
                 0 <= token < self.vocab_size, f"special tokens below vocab_size = {self.vocab_size}", token
             )
 
@@ -130,35 +86,30 @@ class TextConfig:
         return (ids,) if isinstance(ids, int) else ids
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> TextConfig:
+    def from_dict(cls, config: Mapping[str, Any]) -> TextConfig:
         """From the fields of a released `config.json` or of transformers' `MiniMaxConfig.to_dict()`.
 
         A config without rotary_dim turns half of a head's dimensions, as the released network does (transformers' own
         forward turns all). Raises ValueError for a field that is unknown, that contradicts another, or that asks for what
         this network does not have.
         """
-        given = dict(fields)
-        _lift_aliases(given)
-        _lift_rope(given)
-        if given.get("head_dim", 1) is None:
-            given["head_dim"] = given["hidden_size"] // given["num_attention_heads"]
-        if "rotary_dim" not in given and "head_dim" in given:
-            given["rotary_dim"] = given["head_dim"] // 2
-        if given.get("num_key_value_heads", 1) is None:
-            given["num_key_value_heads"] = given["num_attention_heads"]
+        given = dict(config)
+        fields.lift_aliases(given)
+        fields.fill_heads(given)
+        fields.lift_rope(given)
         for name in ("eos_token_id", "attn_type_list"):
             if isinstance(given.get(name), list):
                 given[name] = tuple(given[name])
-        return cls(**_strict(cls, "TextConfig", given))
+        return cls(**fields.strict(cls, "TextConfig", given))
 
     @classmethod
     def from_file(cls, path: str | Path) -> TextConfig:
         """`path`: a config.json, or a directory that has one."""
-        return cls.from_dict(read_json(path))
+        return cls.from_dict(fields.read_json(path))
 
     def to_dict(self) -> dict[str, Any]:
         """As the released `config.json` has it."""
-        fields = dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
         return {
             "architectures": ["MiniMaxText01ForCausalLM"],
             "model_type": "minimax_text_01",
@@ -166,21 +117,21 @@ class TextConfig:
             "postnorm": True,
             "shared_intermediate_size": 0,
             "tie_word_embeddings": False,
-            **{name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()},
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
         }
 
     def to_transformers(self) -> dict[str, Any]:
         """The arguments of `transformers.MiniMaxConfig` for the same network, but for RoPE, which turns all of a
         head's dimensions there whatever a config says.
         """
-        fields = dataclasses.asdict(self)
-        types = {value: name for name, value in _LAYER_TYPES.items()}
-        renamed = {theirs: fields.pop(ours) for theirs, ours in _TRANSFORMERS.items()}
-        rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
-        layers = [types[t] for t in fields.pop("attn_type_list")]
-        if isinstance(fields["eos_token_id"], tuple):
-            fields["eos_token_id"] = list(fields["eos_token_id"])
-        return {**fields, **renamed, "rope_parameters": rope, "layer_types": layers, "bos_token_id": None}
+        values = dataclasses.asdict(self)
+        types = {value: name for name, value in fields.LAYER_TYPES.items()}
+        renamed = {theirs: values.pop(ours) for theirs, ours in fields.TRANSFORMERS.items()}
+        rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+        layers = [types[t] for t in values.pop("attn_type_list")]
+        if isinstance(values["eos_token_id"], tuple):
+            values["eos_token_id"] = list(values["eos_token_id"])
+        return {**values, **renamed, "rope_parameters": rope, "layer_types": layers, "bos_token_id": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +148,7 @@ class VisionConfig:
     hidden_act: str = "gelu"
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        fields.check_types(self)
         heads, patch = self.num_attention_heads, self.patch_size
         for name in (
             "hidden_size",
@@ -206,23 +157,19 @@ class VisionConfig:
             "num_attention_heads",
             "patch_size",
         ):
-            _expect(getattr(self, name) >= 1, f"vision {name} >= 1", getattr(self, name))
-        _expect(self.hidden_size % heads == 0, f"hidden_size divisible by {heads} heads", self.hidden_size)
-        _expect(
+            fields.expect(getattr(self, name) >= 1, f"vision {name} >= 1", getattr(self, name))
+        fields.expect(
+            self.hidden_size % heads == 0, f"hidden_size divisible by {heads} heads", self.hidden_size
+        )
+        fields.expect(
             self.image_size % patch == 0, f"image_size divisible by patch_size = {patch}", self.image_size
         )
-        _expect(self.hidden_act == "gelu", "hidden_act 'gelu' (exact)", self.hidden_act)
+        fields.expect(self.hidden_act == "gelu", "hidden_act 'gelu' (exact)", self.hidden_act)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> VisionConfig:
-        # CLIP's own: the projection and the vocabulary belong to its text half.
-        clip = {"attention_dropout", "dropout", "initializer_factor", "initializer_range", "num_channels"}
-        given = {
-            name: value
-            for name, value in fields.items()
-            if name not in clip | {"projection_dim", "vocab_size"}
-        }
-        return cls(**_strict(cls, "VisionConfig", given))
+    def from_dict(cls, config: Mapping[str, Any]) -> VisionConfig:
+        given = {name: value for name, value in config.items() if name not in fields.CLIP_INERT}
+        return cls(**fields.strict(cls, "VisionConfig", given))
 
 
 def _default_grid() -> tuple[tuple[int, int], ...]:
@@ -243,128 +190,39 @@ class VLConfig:
 
     def __post_init__(self) -> None:
         token, size = self.image_token_id, self.text.vocab_size
-        _expect(0 <= token < size, f"image_token_id below vocab_size = {size}", token)
+        fields.expect(0 <= token < size, f"image_token_id below vocab_size = {size}", token)
         side = self.vision.image_size
         for w, h in self.image_grid_pinpoints:
-            _expect(
+            fields.expect(
                 w % side == h % side == 0, f"image_grid_pinpoints in multiples of image_size = {side}", (w, h)
             )
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> VLConfig:
+    def from_dict(cls, config: Mapping[str, Any]) -> VLConfig:
         """From the fields of the released MiniMax-VL-01 `config.json`; errors as of `TextConfig.from_dict`."""
-        given = {name: value for name, value in fields.items() if name not in _VL_INERT}
-        for name, allowed in _VL_ONLY.items():
-            _only(name, given.pop(name, allowed[0]), allowed)
-        if "image_token_index" in given:
-            given["image_token_id"] = given.pop("image_token_index")
+        given = fields.vl(config)
         for part, kind in (("text", TextConfig), ("vision", VisionConfig)):
             if f"{part}_config" in given:
                 given[part] = kind.from_dict(given.pop(f"{part}_config"))
-        if "image_grid_pinpoints" in given:
-            given["image_grid_pinpoints"] = tuple((w, h) for w, h in given["image_grid_pinpoints"])
-        return cls(**_strict(cls, "VLConfig", given))
+        return cls(**fields.strict(cls, "VLConfig", given))
 
-
-_VL_INERT = frozenset(
-    {"ignore_index", "image_seq_length", "process_image_mode", "img_token_compression_config"}
-)
-_VL_ONLY: dict[str, tuple[Any, ...]] = {
-    "projector_hidden_act": ("gelu",),
-    "multimodal_projector_bias": (True,),
-    "vision_feature_layer": (-1,),
-    "vision_feature_select_strategy": ("default",),
-}
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The config.json at `path` or in the directory `path`."""
-    path = Path(path)
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"config: expected a config.json, got {file}, which is not there")
-    try:
-        fields = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"config: expected JSON in {file}, got {error}") from None
-    if not isinstance(fields, dict):
-        raise TypeError(f"config: expected a JSON object in {file}, got {type(fields).__name__}")
-    return fields
+    def to_dict(self) -> dict[str, Any]:
+        """As the released `config.json` has it."""
+        return {
+            "architectures": ["MiniMaxVL01ForConditionalGeneration"],
+            "model_type": "minimax_vl_01",
+            "image_token_index": self.image_token_id,
+            "image_grid_pinpoints": [list(size) for size in self.image_grid_pinpoints],
+            "process_image_mode": "anyres",
+            "projector_hidden_act": "gelu",
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default",
+            "text_config": self.text.to_dict(),
+            "vision_config": {"model_type": "clip_vision_model", **dataclasses.asdict(self.vision)},
+        }
 
 
 def from_file(path: str | Path) -> TextConfig | VLConfig:
     """The config at `path` (a config.json or its directory), of whichever model it is."""
-    fields = read_json(path)
-    return VLConfig.from_dict(fields) if "vision_config" in fields else TextConfig.from_dict(fields)
-
-
-def _lift_aliases(given: dict[str, Any]) -> None:
-    for theirs, ours in _TRANSFORMERS.items():
-        if theirs in given:
-            _put(given, ours, given.pop(theirs), theirs)
-    if given.get("layer_types") is not None:
-        unknown = set(given["layer_types"]) - set(_LAYER_TYPES)
-        _expect(not unknown, f"layer_types of {', '.join(_LAYER_TYPES)}", sorted(map(str, unknown)))
-        types = [_LAYER_TYPES[name] for name in given["layer_types"]]
-        _put(given, "attn_type_list", types, "layer_types")
-    given.pop("layer_types", None)
-
-
-def _lift_rope(given: dict[str, Any]) -> None:
-    rope = dict(given.pop("rope_parameters", None) or {})
-    kind = rope.pop("rope_type", "default")
-    _expect(kind == "default", "rope_parameters of rope_type 'default'", kind)
-    if "partial_rotary_factor" in rope:
-        heads = given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"]
-        _put(given, "rotary_dim", int(heads * rope.pop("partial_rotary_factor")), "partial_rotary_factor")
-    if "rope_theta" in rope:
-        _put(given, "rope_theta", rope.pop("rope_theta"), "rope_parameters")
-    _expect(not rope, "rope_parameters of rope_theta, rope_type and partial_rotary_factor", sorted(rope))
-
-
-def _put(given: dict[str, Any], name: str, value: Any, source: str) -> None:
-    if name in given and _plain(given[name]) != _plain(value):
-        raise ValueError(f"config: expected {source} to agree with {name} = {given[name]!r}, got {value!r}")
-    given[name] = value
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _strict(cls: type, title: str, given: dict[str, Any]) -> dict[str, Any]:
-    known = {field.name for field in dataclasses.fields(cls)}
-    kept = {}
-    for name, value in given.items():
-        if name in known:
-            kept[name] = value
-        elif name in _ONLY:
-            _only(name, value, _ONLY[name])
-    unknown = sorted(set(given) - known - _INERT - set(_ONLY))
-    _expect(not unknown, f"the fields of {title}", f"unknown {', '.join(unknown)}")
-    return kept
-
-
-def _only(name: str, value: Any, allowed: Iterable[Any]) -> None:
-    allowed = tuple(allowed)
-    _expect(
-        value in allowed, f"{name} = {allowed[0]!r}, as released (nothing else is implemented)", repr(value)
-    )
-
-
-def _check_types(config: Any) -> None:
-    """Numbers where there should be numbers: a string from a config.json must not get far."""
-    for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), str(field.type)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if kind.startswith("int") and not (
-            isinstance(value, int) and number or value is None and "None" in kind
-        ):
-            _expect("tuple" in kind and isinstance(value, tuple), f"{field.name} to be an int", repr(value))
-        if kind == "float":
-            _expect(number, f"{field.name} to be a number", repr(value))
-
-
-def _expect(condition: bool, expected: str, got: Any) -> None:
-    if not condition:
-        raise ValueError(f"config: expected {expected}, got {got}")
+    config = fields.read_json(path)
+    return VLConfig.from_dict(config) if "vision_config" in config else TextConfig.from_dict(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -55,14 +56,17 @@ def prefill(
     if source is None or chunk < 1:
         raise ValueError("prefill: expected input_ids or inputs_embeds, and chunk >= 1")
     B, T = source.shape[:2]
+    empty = "prefill: expected a token at least in each prompt, got an empty one"
+    if T == 0:
+        raise ValueError(empty)
     last = torch.full((B,), T - 1)
     if attention_mask is not None:
         if attention_mask.shape != (B, T):
             raise ValueError(f"prefill: expected attention_mask {[B, T]}, got {list(attention_mask.shape)}")
         real = attention_mask.cpu() != 0
         last = torch.where(real.any(1), (torch.arange(T) * real).argmax(1), -1)
-    if T == 0 or int(last.min()) < 0:
-        raise ValueError("prefill: expected a token at least in each prompt, got an empty one")
+    if int(last.min()) < 0:
+        raise ValueError(empty)
     hidden = None
     for start in range(0, T, chunk):
         columns = slice(start, start + chunk)
@@ -124,7 +128,7 @@ def generate(
         raise ValueError(f"generate: expected max_new_tokens >= 0, got {max_new_tokens}")
     ids, embeds, mask = _prompts(prompts, inputs_embeds, attention_mask)
     stop = tuple(model.config.eos_token_ids if eos is None else eos)
-    B = len(ids if embeds is None else embeds)
+    B = len(cast(Tensor, ids if embeds is None else embeds))
     if max_new_tokens == 0 or B == 0:
         return [[] for _ in range(B)]
     used = model.new_cache(B, rollback=False) if cache is None else cache
@@ -183,3 +187,9 @@ def _prompts(
         raise ValueError("generate: expected attention_mask with a tensor of input_ids, got lists of tokens")
     ids, mask = pad(prompts)
     return ids, None, mask
+
+
+if __name__ == "__main__":
+    from .console import main
+
+    main()

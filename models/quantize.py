@@ -17,8 +17,8 @@ from .text import DecoderLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Up to so many rows PyTorch's int8 product on a CPU is faster than to dequantise first; float16 it has no fast code for.
-_FEW_ROWS = {torch.float32: 4, torch.bfloat16: 64}
+_FEW_ROWS = 64  # up to which PyTorch's int8 product on a CPU is faster than to dequantise first
+_ALIGNED = 64  # bytes; that product reads past the end of other rows, or crashes (PyTorch 2.13)
 
 
 class Int8Linear(nn.Module):
@@ -49,15 +49,12 @@ class Int8Linear(nn.Module):
         return module
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // max(self.in_features, 1)
-        differentiated = x.requires_grad and torch.is_grad_enabled()
-        if x.device.type == "cpu" and rows <= _FEW_ROWS.get(x.dtype, 0) and not differentiated:
-            # It wants scales of x's dtype: ones, or the scales would be rounded.
-            y = torch._weight_int8pack_mm(
-                x.reshape(-1, self.in_features), self.weight, x.new_ones(self.out_features)
-            )
-            return (y * self.scale).to(x.dtype).view(*x.shape[:-1], self.out_features)
-        return F.linear(x, self.dequantized(x.dtype))
+        if not _has_fast_product(x, self.weight):
+            return F.linear(x, self.dequantized(x.dtype))
+        # It wants scales of x's dtype: ones, or the scales would be rounded.
+        ones = x.new_ones(self.out_features)
+        y = torch._weight_int8pack_mm(x.reshape(-1, self.in_features), self.weight, ones) * self.scale
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] that this stands for, rounded to dtype once."""
@@ -74,6 +71,16 @@ class Int8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, int8"
+
+
+def _has_fast_product(x: Tensor, weight: Tensor) -> bool:
+    """float32 gains little from it, float16 loses; autograd and the compiler do not know it."""
+    K = weight.shape[1]
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or K % _ALIGNED or torch.compiler.is_compiling():
+        return False
+    differentiated = x.requires_grad and torch.is_grad_enabled()
+    aligned = x.is_contiguous() and x.data_ptr() % _ALIGNED == weight.data_ptr() % _ALIGNED == 0
+    return 0 < x.numel() <= _FEW_ROWS * K and aligned and not differentiated
 
 
 def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,11 +79,11 @@ def attend(
     if step.cu_seqlens is None:
         o = _attend(q, k, v, step.positions, key_positions, window, step.uniform)
     else:
-        documents = [slice(a, b) for a, b in pairwise(step.bounds) if a < b]
-        parts = [
-            _attend(*(x[:, :, d] for x in (q, k, v)), step.positions[:, d], key_positions[:, d], window, True)
-            for d in documents
-        ]
+        parts = []
+        for a, b in pairwise(step.bounds):
+            qd, kd, vd = (x[:, :, a:b] for x in (q, k, v))
+            positions, theirs = (x[:, a:b] for x in (step.positions, key_positions))
+            parts.append(_attend(qd, kd, vd, positions, theirs, window, True))
         o = torch.cat(parts, dim=2) if parts else torch.empty_like(q)
     return o.transpose(1, 2)
 

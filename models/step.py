@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +34,9 @@ class Step:
     def to(self, device: torch.device) -> Step:
         if device == self.positions.device:
             return self
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: t.to(device) for n, t in tensors.items() if isinstance(t, Tensor)})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {n: t.to(device) for n, t in values.items() if isinstance(t, Tensor)}
+        return replace(self, **moved)
 
 
 def build(

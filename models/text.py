@@ -7,7 +7,7 @@ The residual is the normed tensor. Seven layers of lightning attention, one of s
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class TextModel(nn.Module):
             DecoderLayer(config, i, **factory) for i in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
-        _initialize(self, config.initializer_range)
+        initialize(self, config.initializer_range)
 
     def new_cache(self, batch_size: int, *, rollback: bool = True) -> Cache:
         return Cache(self.config, batch_size, rollback=rollback)
@@ -134,7 +134,8 @@ class TextModel(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("TextModel: expected input_ids or inputs_embeds, got both or neither")
         with _gradients(cache):
-            x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+            x = inputs_embeds if input_ids is None else self.embed(input_ids)
+            assert x is not None
             x, mask = self._inputs(x, attention_mask, cu_seqlens, cache)
             T = x.shape[1]
             if cache is not None and cache.pending is not None:  # what crop left to be run again
@@ -145,7 +146,7 @@ class TextModel(nn.Module):
             if cache is not None:
                 cache.begin(x, step)
             router = []
-            for layer in self.layers:
+            for layer in cast("list[DecoderLayer]", self.layers):
                 device = layer.input_layernorm.weight.device
                 x, step = x.to(device), step.to(device)
                 x, logits = layer(x, step, cache, backend)
@@ -179,7 +180,7 @@ class TextModel(nn.Module):
         return steps.build(B, T, *rope, device=x.device, starts=starts, mask=mask, cu_seqlens=cu_seqlens)
 
 
-class _Head(nn.Module):
+class Head(nn.Module):
     """What the models with a head have in common."""
 
     def __init__(
@@ -194,7 +195,7 @@ class _Head(nn.Module):
         return self.model.new_cache(batch_size, rollback=rollback)
 
 
-class CausalLM(_Head):
+class CausalLM(Head):
     """The language model, with an untied head."""
 
     def __init__(
@@ -208,14 +209,8 @@ class CausalLM(_Head):
         self.lm_head = nn.Linear(
             config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype
         )
-        _initialize(self.lm_head, config.initializer_range)
+        initialize(self.lm_head, config.initializer_range)
 
-    @overload
-    def forward(self, input_ids: Tensor | None = ..., **inputs: Any) -> Tensor: ...
-    @overload
-    def forward(
-        self, input_ids: Tensor | None = ..., *, return_router_logits: bool, **inputs: Any
-    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
     def forward(
         self, input_ids: Tensor | None = None, *, return_router_logits: bool = False, **inputs: Any
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
@@ -228,90 +223,13 @@ class CausalLM(_Head):
         return (logits, router) if return_router_logits else logits
 
 
-class SequenceClassifier(_Head):
-    """One label a sequence, read at its last real token. The head is `score`, without a bias, as in transformers."""
-
-    def __init__(
-        self,
-        config: TextConfig,
-        num_labels: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(config, device, dtype)
-        self.score = nn.Linear(config.hidden_size, num_labels, bias=False, device=device, dtype=dtype)
-        _initialize(self.score, config.initializer_range)
-
-    def forward(
-        self, input_ids: Tensor | None = None, *, attention_mask: Tensor | None = None, **inputs: Any
-    ) -> Tensor:
-        """Logits [B, num_labels]; arguments as of `TextModel.forward`. Without attention_mask the config's pad_token_id,
-        if it has one, marks the padding. cu_seqlens gives a row for each document, [N, num_labels]."""
-        pad, cu_seqlens = self.config.pad_token_id, inputs.get("cu_seqlens")
-        if attention_mask is None and cu_seqlens is None and pad is not None and input_ids is not None:
-            attention_mask = input_ids != pad
-        hidden, _ = self.model(input_ids, attention_mask=attention_mask, **inputs)
-        if cu_seqlens is not None:
-            last = hidden[0, (cu_seqlens[1:] - 1).to(hidden.device)]
-        elif attention_mask is None:
-            last = hidden[:, -1]
-        else:
-            places = torch.arange(hidden.shape[1], device=hidden.device)
-            real = attention_mask.to(hidden.device) != 0
-            last = hidden[torch.arange(len(hidden), device=hidden.device), (places * real).argmax(1)]
-        return self.score(last)
-
-
-class TokenClassifier(_Head):
-    """One label a token. The head is `score`, with a bias, as in transformers."""
-
-    def __init__(
-        self,
-        config: TextConfig,
-        num_labels: int,
-        *,
-        dropout: float = 0.1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(config, device, dtype)
-        self.dropout = nn.Dropout(dropout)
-        self.score = nn.Linear(config.hidden_size, num_labels, device=device, dtype=dtype)
-        _initialize(self.score, config.initializer_range)
-
-    def forward(self, input_ids: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Logits [B, T, num_labels]; arguments as of `TextModel.forward`."""
-        return self.score(self.dropout(self.model(input_ids, **inputs)[0]))
-
-
-class QuestionAnswering(_Head):
-    """Where an answer starts and ends. The head is `qa_outputs`, with a bias, as in transformers."""
-
-    def __init__(
-        self,
-        config: TextConfig,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(config, device, dtype)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2, device=device, dtype=dtype)
-        _initialize(self.qa_outputs, config.initializer_range)
-
-    def forward(self, input_ids: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
-        """(start logits, end logits), each [B, T]; arguments as of `TextModel.forward`."""
-        start, end = self.qa_outputs(self.model(input_ids, **inputs)[0]).unbind(-1)
-        return start, end
-
-
 def _gradients(cache: Cache | None) -> torch.set_grad_enabled:
     """What a cache takes has no gradient."""
     return torch.set_grad_enabled(torch.is_grad_enabled() and cache is None)
 
 
 @torch.no_grad()
-def _initialize(module: nn.Module, std: float) -> None:
+def initialize(module: nn.Module, std: float) -> None:
     """Normal weights of deviation std (initializer_range), norms of one, no bias."""
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1:

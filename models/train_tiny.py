@@ -75,7 +75,7 @@ def read_bytes(path: Path | None) -> tuple[Tensor, Tensor]:
         files = [file for file in files if "packages" not in file.parent.name]
         texts = [file.read_bytes() for file in files]
         parts = b"".join(t for i, t in enumerate(texts) if i % 10), b"".join(texts[::10])
-    train, held_out = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts if part)
+    train, held_out = (torch.tensor(bytearray(part), dtype=torch.uint8) for part in parts)
     return train, held_out
 
 

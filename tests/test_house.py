@@ -68,6 +68,26 @@ def test_one_package_is_installed() -> None:
     assert (ROOT / "lightning_attn" / "py.typed").is_file()
 
 
+def test_models_use_public_names() -> None:
+    """models/ is built from what any user has: the names that `lightning_attn` exports, and no module below it."""
+    files = sorted((ROOT / "models").glob("*.py"))
+    assert files
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("lightning_attn.") for alias in node.names), path.name
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_attn"):
+                names = {alias.name for alias in node.names}
+                assert node.module == "lightning_attn" and names <= set(lightning_attn.__all__), (path.name, names)
+
+
+def test_size_of_models() -> None:
+    """A file is read in one sitting."""
+    for path in (ROOT / "models").glob("*.py"):
+        lines = path.read_text().count("\n")
+        assert lines <= 280, f"{path.name} has {lines} lines"
+
+
 def test_constraints() -> None:
     """Every line pins one version; torch, triton, transformers and all that a user installs are among
     them."""
@@ -79,8 +99,8 @@ def test_constraints() -> None:
         pins.setdefault(pin[1], pin[2])
     wanted = {"torch": "2.13.0", "triton": "3.7.1", "transformers": "5.17.0"}
     assert {name: pins.get(name) for name in wanted} == wanted
-    lists = re.findall(r"^(dependencies|test|bench) = \[(.*)\]$", PROJECT, re.MULTILINE)
-    assert [name for name, _ in lists] == ["dependencies", "test", "bench"]
+    lists = re.findall(r"^(dependencies|test|bench|models) = \[(.*)\]$", PROJECT, re.MULTILINE)
+    assert [name for name, _ in lists] == ["dependencies", "test", "bench", "models"]
     for _, packages in lists:
         for name in re.findall(r'"([A-Za-z0-9-]+)', packages):
             assert name in pins, f"{name} is not pinned"

@@ -11,7 +11,8 @@ from models_support import randomize, relative, tiny_config, tiny_model, tokens,
 from lightning_attn import load_balancing_loss, moe_route
 from models import softmax, step
 from models.config import LIGHTNING, TextConfig
-from models.text import CausalLM, QuestionAnswering, SequenceClassifier, TokenClassifier
+from models.heads import QuestionAnswering, SequenceClassifier, TokenClassifier
+from models.text import CausalLM
 
 
 @pytest.mark.parametrize("seed", range(8))
