@@ -11,7 +11,6 @@ import click
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 
 from . import checkpoint
 from .beam import Beams
@@ -19,6 +18,7 @@ from .chat import BEGIN, Chat, load_tokenizer
 from .config import VLConfig, from_file
 from .generate import generate
 from .sampling import Sampling
+from .text import CausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -89,7 +89,6 @@ def _run(
     images: Sequence[Path],
     system: str | None,
     raw: bool,
-    max_new_tokens: int,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
@@ -98,83 +97,89 @@ def _run(
     devices: Sequence[str],
     dtype: str | None,
     int8: bool,
-    chunk: int,
-    backend: str,
     quiet: bool,
+    **rest: Any,
 ) -> None:
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     if beams > 1 and temperature > 0:
         raise ValueError("generate: expected --beams or --temperature, got both")
-    if images and len(prompts) > 1:
-        raise ValueError(f"generate: expected one --prompt with --image, got {len(prompts)}")
-    config = from_file(directory)
-    if images and not isinstance(config, VLConfig):
-        raise ValueError(f"generate: expected a checkpoint of MiniMax-VL-01 for --image, got {directory}")
-    tokenizer = load_tokenizer(directory)
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
-    templated = not raw and tokenizer.token_to_id(BEGIN) is not None
-    if not templated and (system or images):
-        raise ValueError(
-            "generate: expected a tokenizer with the chat template for --system and --image, without --raw"
-        )
-    processed: list[Any] = []
-    if images:
-        from .image import ImageProcessor
-
-        file = directory / "preprocessor_config.json"
-        processor = ImageProcessor.from_file(file) if file.is_file() else ImageProcessor()
-        processed = processor(list(images))
-        chat = Chat(tokenizer, tokens=processor.tokens)
-    elif templated:
-        chat = Chat(tokenizer)
-    if templated:
-        heads = [{"role": "system", "content": system}] if system else []
-        pictures = [{"type": "image"} for _ in processed]
-        asked = [
-            [*heads, {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
-            for text in texts
-        ]
-        ids = [chat.encode(messages, [image.size for image in processed]) for messages in asked]
-    else:
-        ids = [tokenizer.encode(text).ids for text in texts]
-    model = checkpoint.load(
-        directory, devices=devices, dtype=DTYPES.get(dtype or ""), int8=int8, progress=not quiet, tokens=max(map(len, ids)),
-        sequences=len(ids) * beams,
+    request = Request(directory, texts, images, system, raw)
+    longest = max(map(len, request.ids))
+    model: Any = checkpoint.load(
+        directory, devices=devices, dtype=DTYPES.get(dtype or ""), int8=int8, progress=not quiet, tokens=longest,
+        sequences=len(texts) * beams,
     )  # fmt: skip
-    inputs: dict[str, Tensor | list[list[int]]] = {"prompts": ids}
-    if isinstance(config, VLConfig):
-        if images:
-            with torch.no_grad():
-                inputs = {"inputs_embeds": model.embed(torch.tensor(ids), processed)}
-        model = model.language_model
-    generator = None if seed is None else torch.Generator(devices[-1]).manual_seed(seed)
-    streamed = len(ids) == 1 and beams == 1
-    stream = Stream(tokenizer.decode, lambda text: click.echo(text, nl=False))
-    if streamed and not templated:
-        click.echo(texts[0], nl=False)
+    inputs: dict[str, Any] = {"prompts": request.ids}
+    if request.pictures:
+        with torch.no_grad():
+            inputs = {"inputs_embeds": model.embed(torch.tensor(request.ids), request.pictures)}
+    text_model: CausalLM = getattr(model, "language_model", model)
+    streamed = len(texts) == 1 and beams == 1
+    stream = Stream(request.tokenizer.decode, lambda text: click.echo(text, nl=False))
+    click.echo(request.before(0) if streamed else "", nl=False)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
-        task = progress.add_task("prefill", total=max(map(len, ids)))
+        task = progress.add_task("prefill", total=longest)
 
         def on_chunk(done: int) -> None:
             progress.update(task, completed=done)
-            if done == max(map(len, ids)):
+            if done == longest:
                 progress.stop()
 
         outputs = generate(
-            model,
-            **inputs,  # type: ignore[arg-type]
-            max_new_tokens=max_new_tokens,
+            text_model,
+            **inputs,
             method=Beams(beams) if beams > 1 else sampling,
-            generator=generator,
+            generator=None if seed is None else torch.Generator(devices[-1]).manual_seed(seed),
             on_tokens=(lambda step: stream.put(step[0])) if streamed else None,
-            chunk=chunk,
             on_chunk=on_chunk,
-            backend=backend,
+            **rest,
         )
     if streamed:
         stream.end()
         click.echo()
         return
-    for i, (text, tokens) in enumerate(zip(texts, outputs, strict=True)):
-        click.echo("\n" * (i > 0) + ("" if templated else text) + tokenizer.decode(tokens))
+    for i, tokens in enumerate(outputs):
+        click.echo("\n" * (i > 0) + request.before(i) + request.tokenizer.decode(tokens))
+
+
+class Request:
+    """Prompts as token ids, by the chat template if there is one and they are not to be taken `raw`."""
+
+    def __init__(
+        self, directory: Path, texts: Sequence[str], images: Sequence[Path], system: str | None, raw: bool
+    ) -> None:
+        config = from_file(directory)
+        if images and len(texts) > 1:
+            raise ValueError(f"generate: expected one --prompt with --image, got {len(texts)}")
+        if images and not isinstance(config, VLConfig):
+            raise ValueError(f"generate: expected a checkpoint of MiniMax-VL-01 for --image, got {directory}")
+        self.tokenizer, self.texts = load_tokenizer(directory), texts
+        self.templated = not raw and self.tokenizer.token_to_id(BEGIN) is not None
+        if not self.templated and (system or images):
+            raise ValueError(
+                "generate: expected a tokenizer with the chat template for --system and --image, without --raw"
+            )
+        self.pictures: list[Any] = []
+        if not self.templated:
+            self.ids = [self.tokenizer.encode(text).ids for text in texts]
+            return
+        from .image import ImageProcessor, image_tokens  # needs Pillow, which text does not
+
+        tokens: Callable[[int, int], int] = image_tokens
+        if images:
+            file = directory / "preprocessor_config.json"
+            processor = ImageProcessor.from_file(file) if file.is_file() else ImageProcessor()
+            self.pictures, tokens = list(processor(list(images))), processor.tokens
+        chat, heads = (
+            Chat(self.tokenizer, tokens=tokens),
+            [{"role": "system", "content": system}] if system else [],
+        )
+        items = [{"type": "image"} for _ in images]
+        turns = [{"role": "user", "content": [*items, {"type": "text", "text": text}]} for text in texts]
+        self.ids = [chat.encode([*heads, turn], [p.size for p in self.pictures]) for turn in turns]
+
+    def before(self, i: int) -> str:
+        """What is shown before a continuation: the prompt that it goes on from."""
+        return "" if self.templated else self.texts[i]

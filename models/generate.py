@@ -190,6 +190,6 @@ def _prompts(
 
 
 if __name__ == "__main__":
-    from .console import main
+    from . import console
 
-    main()
+    console.main()

@@ -113,7 +113,12 @@ def main(tokens: int, chunk: int, window: int, path: Path | None) -> None:
     --checkpoint the weights are random.
     """
     torch.manual_seed(0)
-    model = with_window(CausalLM(CONFIG) if path is None else checkpoint.load(path), window).eval()
+    given = CausalLM(CONFIG) if path is None else checkpoint.load(path)
+    if not isinstance(given, CausalLM):
+        raise click.BadParameter(
+            f"expected a language model, got {type(given).__name__}", param_hint="--checkpoint"
+        )
+    model = with_window(given, window).eval()
     layers = [m for m in model.modules() if isinstance(m, LightningAttention)]
     sampled = (layers[0], layers[len(layers) // 2], layers[-1])
     witnesses = [

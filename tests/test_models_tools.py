@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from models_support import relative, tokens, turn_half
+from models_support import randomize, relative, tiny_config, tokens, turn_half
 
 from models import checkpoint, console, long_context, train_tiny
 from models.byte_tokenizer import byte_tokenizer
@@ -129,6 +129,57 @@ def test_generate_errors(
 ) -> None:
     result = call(console.main, "--checkpoint", trained[0], *args)
     assert result.exit_code == 1 and message in result.output and "Traceback" not in result.output
+
+
+def test_generate_with_a_picture(tmp_path: Path) -> None:
+    """The chat template, a picture's placeholders and the model of a VL checkpoint, as by hand."""
+    from PIL import Image
+    from tokenizers import AddedToken
+
+    from models.chat import Chat
+    from models.config import VisionConfig, VLConfig
+    from models.image import ImageProcessor
+    from models.vl import VLForConditionalGeneration
+
+    special = [BEGIN, END, "<image>"]
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens([AddedToken(name) for name in special])
+    vision = VisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28
+    )
+    grid = ((28, 28), (56, 28), (28, 56))
+    config = VLConfig(
+        text=tiny_config(0, vocab_size=300), vision=vision, image_token_id=258, image_grid_pinpoints=grid
+    )
+    model = VLForConditionalGeneration(config).eval()
+    randomize(model)
+    checkpoint.save(model, tmp_path, progress=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    fields = {"size": [28, 28], "image_grid_pinpoints": [list(size) for size in grid], "patch_size": 14}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
+    Image.effect_mandelbrot((60, 30), (-2, -1, 1, 1), 20).save(tmp_path / "picture.png")
+    base = ("--checkpoint", tmp_path, "--prompt", "what?", "--max-new-tokens", 6, "--system", "see")
+    result = call(console.main, *base, "--image", tmp_path / "picture.png")
+    assert result.exit_code == 0, result.output
+    processor = ImageProcessor.from_file(tmp_path)
+    picture = processor(tmp_path / "picture.png")
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
+    messages = [{"role": "system", "content": "see"}, turn]
+    ids = Chat.from_dir(tmp_path, tokens=processor.tokens).encode(messages, [picture.size])
+    with torch.no_grad():
+        x, new = model.embed(torch.tensor([ids]), [picture]), []
+        for _ in range(6):
+            new.append(int(model(inputs_embeds=x)[0, -1].argmax()))
+            x = torch.cat([x, model.language_model.model.embed_tokens(torch.tensor([new[-1:]]))], 1)
+    assert result.stdout == tokenizer.decode(new) + "\n"
+    for args, message in (
+        (("--raw",), "chat template"),
+        (("--prompt", "b"), "one --prompt"),
+        (("--image", tmp_path / "tokenizer.json"), "tokenizer.json: expected a picture"),
+        (("--image", tmp_path / "none.png"), "none.png"),
+    ):
+        wrong = call(console.main, *base, "--image", tmp_path / "picture.png", *args)
+        assert wrong.exit_code == 1 and message in wrong.output, wrong.output
 
 
 def test_generate_without_a_checkpoint(tmp_path: Path) -> None:
