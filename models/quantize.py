@@ -18,7 +18,7 @@ from .text import DecoderLayer
 Model = TypeVar("Model", bound=nn.Module)
 
 _FEW_ROWS = 64  # up to which PyTorch's int8 product on a CPU is faster than to dequantise first
-_ALIGNED = 64  # bytes; that product reads past the end of other rows, or crashes (PyTorch 2.13)
+_ALIGNED = 64  # bytes, and columns: with odd ones that product crashes or is wrong (PyTorch 2.13)
 
 
 class Int8Linear(nn.Module):

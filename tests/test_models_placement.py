@@ -2,6 +2,7 @@
 
 import copy
 import io
+from itertools import combinations_with_replacement, pairwise
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from torch import nn
 
 from lightning_attn import SparseMoE
 from models import placement
+from models import quantize as quantize_module
 from models.checkpoint import load, save
 from models.config import TextConfig, VLConfig
 from models.placement import Plan, available, plan
 from models.quantize import Int8Linear, quantize, quantize_rows
 from models.tensors import entries, skeleton
 from models.text import CausalLM
+from models.units import _balanced
 from models.vl import VLForConditionalGeneration
 
 LAYERS = {"num_hidden_layers": 2, "attn_type_list": (0, 1)}
@@ -75,12 +78,8 @@ def test_any_number_of_devices(released: nn.Module, n: int) -> None:
     assert max(sizes) <= mean + layer + 2 * 1_229_193_216 * 2
 
 
-def test_best_of_all_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_of_all_ways() -> None:
     """Against every way to cut a few layers."""
-    from itertools import combinations_with_replacement, pairwise
-
-    from models.units import _balanced
-
     for seed in range(20):
         sizes = torch.randint(1, 20, (9,), generator=torch.Generator().manual_seed(seed)).tolist()
         for n in (1, 2, 3, 4):
@@ -283,6 +282,17 @@ def test_int8_linear(dtype: torch.dtype, rows: int) -> None:
         x.requires_grad_()
         module(x).sum().backward()
         assert x.grad.shape == x.shape
+
+
+def test_int8_product_keeps_float32_scales() -> None:
+    """PyTorch's own in bfloat16 would round them; here the sum is rounded, and its product with the scale."""
+    torch.manual_seed(0)
+    module = Int8Linear.from_linear(nn.Linear(128, 300, bias=False))
+    x = torch.randn(8, 128, dtype=torch.bfloat16)
+    sums = (x.double() @ module.weight.double().T).to(x.dtype)
+    expected = (sums * module.scale).to(x.dtype)
+    assert quantize_module._has_fast_product(x, module.weight)
+    assert (module(x) == expected).double().mean() > 0.95
 
 
 def test_rows_as_experts() -> None:
