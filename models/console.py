@@ -183,3 +183,7 @@ class Request:
     def before(self, i: int) -> str:
         """What is shown before a continuation: the prompt that it goes on from."""
         return "" if self.templated else self.texts[i]
+
+
+if __name__ == "__main__":
+    main()

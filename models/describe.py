@@ -16,7 +16,7 @@ from torch import nn
 from .config import SOFTMAX, TextConfig, VLConfig, from_file
 from .placement import size
 from .tensors import Entry, entries, skeleton
-from .text import DecoderLayer
+from .text import CausalLM, DecoderLayer
 
 RELEASED = {"text-01": TextConfig, "vl-01": VLConfig}
 WIDTH = 110  # where standard output is no terminal
@@ -62,7 +62,7 @@ def components(network: nn.Module, places: Mapping[str, Entry]) -> dict[str, tup
     for name, entry in places.items():
         attention = name[: name.find(".self_attn.") + len(".self_attn.")]
         found.setdefault(kinds.get(attention) or _kind(name), []).append(entry)
-    config = next(m for m in network.modules() if hasattr(m, "lm_head")).config
+    config = next(m.config for m in network.modules() if isinstance(m, CausalLM))
     softmax = config.attn_type_list.count(SOFTMAX)
     L, E = config.num_hidden_layers, config.num_local_experts
     counts = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import runpy
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -190,6 +191,4 @@ def _prompts(
 
 
 if __name__ == "__main__":
-    from . import console
-
-    console.main()
+    runpy.run_module("models.console", run_name="__main__")

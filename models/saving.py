@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -76,7 +77,8 @@ def save(
             made.append(directory / name)
             os.replace(directory / (name + _HALF), directory / name)
         if not old:
-            _write_json(directory / "config.json", model.config.to_dict(), made)
+            config: Any = model.config
+            _write_json(directory / "config.json", config.to_dict(), made)
         _flush(directory)  # the shards are there, whatever happens, before the index that names them
         _write_json(directory / INDEX, index, made)
     except BaseException:

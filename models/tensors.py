@@ -125,8 +125,9 @@ def skeleton(
     head: Callable[..., nn.Module] | None = None,
 ) -> nn.Module:
     """The model of a config on the meta device: no memory, no weights. `head`: what to build in place of `CausalLM`."""
+    kind: Callable[..., nn.Module] = head or CausalLM
     if head is None and isinstance(config, VLConfig):
         from .vl import VLForConditionalGeneration  # needs Pillow, which text does not
 
-        head = VLForConditionalGeneration
-    return (head or CausalLM)(config, device="meta", dtype=dtype)
+        kind = VLForConditionalGeneration
+    return kind(config, device="meta", dtype=dtype)

@@ -78,7 +78,10 @@ def test_models_use_public_names() -> None:
                 assert not any(alias.name.startswith("lightning_attn.") for alias in node.names), path.name
             elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_attn"):
                 names = {alias.name for alias in node.names}
-                assert node.module == "lightning_attn" and names <= set(lightning_attn.__all__), (path.name, names)
+                assert node.module == "lightning_attn" and names <= set(lightning_attn.__all__), (
+                    path.name,
+                    names,
+                )
 
 
 def test_size_of_models() -> None:
