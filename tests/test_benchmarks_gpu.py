@@ -11,7 +11,6 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the benchmarks are not installed
 
 from benchmarks.gpu import dry
 from benchmarks.gpu.cases import of_step

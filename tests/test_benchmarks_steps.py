@@ -15,7 +15,6 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the benchmarks are not installed
 
 from benchmarks.gpu import process, wheels
 from benchmarks.gpu.record import FAILED, LEFT_OUT, OK, TIMED_OUT, Outcome, Record

@@ -18,7 +18,6 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the benchmarks are not installed
 
 from benchmarks import compile_gate as gate
 from benchmarks.compile_gate import Row

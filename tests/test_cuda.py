@@ -7,7 +7,6 @@ import importlib.util
 import json
 import re
 import shutil
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,13 +15,10 @@ import torch
 from cuda_support import FOLDER, ROOT, decode_raw
 from support import BACKENDS, assert_same_bits, device_of, dtype_id, make_inputs
 
+from benchmarks import nvcc_report
 from lightning_attn import _C, lightning_attention_decode
 from lightning_attn.backends import cuda
 from lightning_attn.backends.cuda import decode, launch, route
-
-sys.path.insert(0, str(ROOT))  # the benchmarks are not installed
-
-from benchmarks import nvcc_report
 
 COMMITTED = json.loads((ROOT / "benchmarks" / "results" / "nvcc.json").read_text())
 TYPES = (torch.float32, torch.bfloat16, torch.float16)

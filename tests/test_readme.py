@@ -155,7 +155,6 @@ def test_figures_of_a_gpu(copy: Path) -> None:
         "matrix_flops_per_s": {"bfloat16": 5e14},
         "results": {"forward": {"rows": rows}},
     }
-    sys.path.insert(0, str(ROOT))  # the benchmarks are not installed
     from benchmarks.gpu.targets import judged
 
     data["targets"] = judged(data)
