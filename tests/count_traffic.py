@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import interpreter
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from lightning_attn.backends.triton.attention import Call
 from lightning_attn.backends.triton.config import Segments, Tiles
 from lightning_attn.backends.triton.launch import Launch
 
+interpreter.quicken()
 ARCH = config.ARCHS["sm_90"]
 UNCOUNTED = ("decay", "cu_seqlens", "slots")
 

@@ -44,6 +44,11 @@ COMPILED = [name for name in BACKENDS if name not in INTERPRETED]
 # Those that a process without these has not.
 ABSENT = [name for name in KNOWN if name not in COMPILED]
 
+if "triton" in INTERPRETED:
+    import interpreter
+
+    interpreter.quicken()
+
 
 def affordable(backend: str, usual: T, interpreted: T) -> T:
     """A size or a number of times; interpreted, which takes milliseconds for a row and head, another one."""
