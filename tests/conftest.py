@@ -36,6 +36,54 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 
+# Files that one process runs, one after the other: what their tests share takes long to make and several processes, or they
+# need gigabytes.
+ONE_BY_ONE = (
+    "test_compiled.py",
+    "test_benchmarks_gpu.py",
+    "test_moe_large.py",
+    "test_long.py",
+    "test_gpu_large.py",
+    "test_selection.py",
+)
+LONG = ("test_cli.py", "test_memory.py")  # of which single tests take long
+MOST_PROCESSES = 8
+WORKER = "PYTEST_XDIST_WORKER"  # which pytest-xdist sets in each, and what they start inherits
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in as many processes as there are cores; not so on a GPU, which they would share, nor where the
+    command line selects tests, is to show what they print, or says how many processes there are (-n).
+    """
+    option = config.option
+    whole = all(os.path.isdir(path) for path in config.args) and not (option.keyword or option.markexpr)
+    shown = option.usepdb or option.trace or option.capture == "no"
+    # Or this is one of the processes, or there is no pytest-xdist.
+    said = WORKER in os.environ or getattr(option, "numprocesses", 0) is not None or option.dist != "no"
+    if whole and not shown and not said and not torch.cuda.device_count():
+        option.numprocesses = "auto"
+        option.maxprocesses = option.maxprocesses or MOST_PROCESSES
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each process takes all cases of a test function, which have inputs and true results in common, and then the next."""
+    if config.option.dist != "load":  # the default
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFunction(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            if os.path.basename(file) in ONE_BY_ONE:
+                return "one by one"
+            return f"{file}::{test.partition('[')[0]}"
+
+    config.option.loadscopereorder = False  # the longest are the first, see below
+    return ByFunction(config, log)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for marker in (
         "gpu: runs what is made for GPUs, on the GPU or, without one, interpreted or emulated on the CPU",
@@ -70,6 +118,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (left_out if idle(item) else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
+    if WORKER in os.environ:  # so that no process is left alone with them at the end
+        first = (*ONE_BY_ONE, *LONG)
+        items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
 
 
 def _op(item: pytest.Item) -> str:
