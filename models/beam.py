@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +17,10 @@ class Beams:
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ValueError(f"Beams: expected width >= 1, got {self.width}")
+        if not isinstance(self.width, int) or self.width < 1:
+            raise ValueError(f"Beams: expected width an int >= 1, got {self.width!r}")
+        if not isinstance(self.length_penalty, (int, float)) or not abs(self.length_penalty) <= 20:
+            raise ValueError(f"Beams: expected length_penalty in [-20, 20], got {self.length_penalty!r}")
 
 
 @dataclass
@@ -48,7 +50,7 @@ def search(
     method: Beams,
     *,
     max_new_tokens: int,
-    eos: Sequence[int],
+    eos: Collection[int],
 ) -> list[list[int]]:
     """The best continuation of each prompt.
 

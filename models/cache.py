@@ -2,87 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .config import LIGHTNING, TextConfig
+from .rows import Rows
 from .step import Step
-
-
-class Rows:
-    """Tokens of B sequences by position, [B, capacity, ...], without padding; grows by doubling. With `keep`, what lies
-    further back than that many tokens may be dropped.
-    """
-
-    def __init__(self, B: int, keep: int | None = None) -> None:
-        self.keep, self.dropped = keep, [0] * B
-        self.buffer: Tensor | None = None
-
-    def write(self, x: Tensor, step: Step) -> None:
-        """x [B, T, ...]: the step's tokens."""
-        self._reserve(x, step)
-        assert self.buffer is not None
-        if step.uniform and len(set(self.dropped)) <= 1:
-            first = step.starts[0] - self.dropped[0] if step.starts else 0
-            self.buffer[:, first : first + x.shape[1]] = x
-            return
-        places = step.positions - torch.tensor(self.dropped, device=x.device)[:, None]
-        rows = torch.arange(len(x), device=x.device)[:, None].expand_as(places)
-        if step.mask is not None:
-            x, places, rows = x[step.mask], places[step.mask], rows[step.mask]
-        self.buffer[rows, places] = x
-
-    def _reserve(self, x: Tensor, step: Step) -> None:
-        held = [start - dropped for start, dropped in zip(step.starts, self.dropped, strict=True)]
-        needed = max((end - d for end, d in zip(step.ends, self.dropped, strict=True)), default=0)
-        capacity = 0 if self.buffer is None else self.buffer.shape[1]
-        if needed <= capacity and self.buffer is not None:
-            return
-        excess = [0 if self.keep is None else max(n - self.keep, 0) for n in held]
-        needed = max((n - e + x.shape[1] for n, e in zip(held, excess, strict=True)), default=0)
-        # Zeros: what no query sees is multiplied all the same.
-        grown = x.new_zeros(
-            len(x), max(needed, 2 * capacity if self.keep is None else 2 * needed), *x.shape[2:]
-        )
-        for b, (n, e) in enumerate(zip(held, excess, strict=True)):
-            if n > e and self.buffer is not None:
-                grown[b, : n - e] = self.buffer[b, e:n]
-        self.buffer = grown
-        self.dropped = [d + e for d, e in zip(self.dropped, excess, strict=True)]
-
-    def view(self, ends: Sequence[int]) -> Tensor:
-        """[B, L, ...], L the most tokens that a row holds."""
-        assert self.buffer is not None
-        return self.buffer[:, : max((e - d for e, d in zip(ends, self.dropped, strict=True)), default=0)]
-
-    def select(self, rows: Tensor) -> None:
-        self.dropped = [self.dropped[b] for b in rows.tolist()]
-        if self.buffer is not None:
-            self.buffer = self.buffer[rows.to(self.buffer.device)]
-
-
-class KeyValues:
-    """The keys (turned by RoPE) and values of one softmax layer."""
-
-    def __init__(self, B: int, window: int | None) -> None:
-        keep = None if window is None else window - 1
-        self.keys, self.values = Rows(B, keep), Rows(B, keep)
-
-    def update(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Takes the step's k, v [B, T, G, D]; returns all that are held, [B, L, G, D], and their positions [B, L]."""
-        self.keys.write(k, step)
-        self.values.write(v, step)
-        keys, values = self.keys.view(step.ends), self.values.view(step.ends)
-        first = torch.tensor(self.keys.dropped, device=k.device)[:, None]
-        return keys, values, first + torch.arange(keys.shape[1], device=k.device)
-
-    def select(self, rows: Tensor) -> None:
-        self.keys.select(rows)
-        self.values.select(rows)
 
 
 @dataclass
@@ -105,20 +36,21 @@ class Cache:
     SNAPSHOT_EVERY = 16  # tokens, at least: a snapshot in each decode step would double its traffic
 
     def __init__(self, config: TextConfig, batch_size: int, *, rollback: bool = True) -> None:
+        if not isinstance(batch_size, int) or batch_size < 0:
+            raise ValueError(f"Cache: expected batch_size an int >= 0, got {batch_size!r}")
         self.config, self.rollback = config, rollback
         self.stored = [0] * batch_size  # tokens of each row that the layers have taken
         self.states: dict[int, Tensor] = {}
         self.softmax = {
-            layer: KeyValues(batch_size, config.sliding_window)
+            layer: Rows(batch_size, None if config.sliding_window is None else config.sliding_window - 1)
             for layer, kind in enumerate(config.attn_type_list)
             if kind != LIGHTNING
         }
         self.inputs = Rows(batch_size)
         self.snapshots: list[Snapshot] = []
         self.torn: bool = False  # a step has begun and not ended: some layers may have taken its tokens
-        self.pending: tuple[Tensor, Tensor] | None = (
-            None  # inputs [B, P, hidden] to run again, and their mask [B, P]
-        )
+        # Inputs [B, P, hidden] to run again, and their mask [B, P].
+        self.pending: tuple[Tensor, Tensor] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -134,7 +66,7 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Of everything that is held."""
-        rows = [rows for kv in self.softmax.values() for rows in (kv.keys, kv.values)] + [self.inputs]
+        rows = [*self.softmax.values(), self.inputs]
         tensors = [r.buffer for r in rows if r.buffer is not None] + list(self.states.values())
         tensors += [state for snapshot in self.snapshots for state in snapshot.states.values()]
         return sum(t.nbytes for t in tensors)
@@ -144,7 +76,8 @@ class Cache:
         if layer not in self.states:
             H, D = self.config.num_attention_heads, self.config.head_dim
             dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-            self.states[layer] = torch.zeros(self.batch_size, H, D, D, device=like.device, dtype=dtype)
+            with torch.inference_mode(False):  # to be written to outside of it, too
+                self.states[layer] = torch.zeros(self.batch_size, H, D, D, device=like.device, dtype=dtype)
         return self.states[layer]
 
     def begin(self, x: Tensor, step: Step) -> None:
@@ -182,15 +115,18 @@ class Cache:
                 del self.snapshots[i], at[i]
             i -= 1
 
-    def crop(self, length: int | Sequence[int]) -> None:
+    def crop(self, length: SupportsIndex | Sequence[int]) -> None:
         """Forgets all but the first `length` tokens of each row (a number, or one for each row); a row that is not so long
         stays as it is.
 
         Raises ValueError for a length that is negative, and for any other than 0 and the present one without rollback.
         """
         now = self.lengths
-        wanted = list(length) if isinstance(length, Sequence) else [length] * len(now)
-        if len(wanted) != len(now) or any(not isinstance(n, int) or n < 0 for n in wanted):
+        try:
+            wanted = [operator.index(length)] * len(now)  # type: ignore[arg-type]
+        except TypeError:
+            wanted = [operator.index(n) for n in length] if isinstance(length, Sequence) else [-1]
+        if len(wanted) != len(now) or min(wanted, default=0) < 0:
             raise ValueError(
                 f"crop: expected a length >= 0, or one for each of {len(now)} rows, got {length}"
             )
@@ -222,7 +158,7 @@ class Cache:
         if length >= self.stored[b] and not self.torn:
             return self.stored[b], None  # what is pending is cut
         # What precedes a snapshot by less than the window must still be held; from 0 on all can be run again.
-        oldest = max((kv.keys.dropped[b] for kv in self.softmax.values()), default=0)
+        oldest = max((rows.dropped[b] for rows in self.softmax.values()), default=0)
         first = oldest + (self.config.sliding_window or 0) - 1 if oldest else 1
         known = [s for s in self.snapshots if first <= s.lengths[b] <= length]
         best = max(known, key=lambda s: s.lengths[b], default=None)
@@ -238,8 +174,8 @@ class Cache:
             else:
                 state[b].copy_(snapshot.states[layer][b])
         if base == 0:
-            for kv in self.softmax.values():
-                kv.keys.dropped[b] = kv.values.dropped[b] = 0
+            for rows in self.softmax.values():
+                rows.dropped[b] = 0
 
     def _again(self, bases: list[int], counts: list[int]) -> tuple[Tensor, Tensor]:
         assert self.inputs.buffer is not None
@@ -254,7 +190,10 @@ class Cache:
 
     def select(self, rows: Tensor | Sequence[int]) -> None:
         """Row i becomes what row rows[i] was, as beam search needs it; the batch size may change."""
-        rows = torch.as_tensor(rows, dtype=torch.int64, device="cpu")
+        rows = torch.as_tensor(rows, device="cpu")
+        if rows.is_floating_point() and rows.numel():
+            raise ValueError(f"select: expected rows of integers, got {rows.dtype}")
+        rows = rows.long()
         if rows.dim() != 1 or rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self.batch_size:
             raise ValueError(f"select: expected rows [n] in [0, {self.batch_size}), got {rows.tolist()}")
         picks = rows.tolist()
@@ -263,8 +202,9 @@ class Cache:
         for snapshot in self.snapshots:
             snapshot.lengths = [snapshot.lengths[b] for b in picks]
             snapshot.states = {layer: s[rows.to(s.device)] for layer, s in snapshot.states.items()}
-        for kv in self.softmax.values():
-            kv.select(rows)
+        for held in self.softmax.values():
+            held.select(rows)
         self.inputs.select(rows)
         if self.pending is not None:
-            self.pending = tuple(x[rows.to(x.device)] for x in self.pending)  # type: ignore[assignment]
+            x, mask = self.pending
+            self.pending = x[rows.to(x.device)], mask[rows.to(mask.device)]

@@ -70,7 +70,9 @@ class TextConfig:
         fields.expect(k <= experts, f"num_experts_per_tok <= num_local_experts = {experts}", k)
         r, d = self.rotary_dim, self.head_dim
         fields.expect(0 <= r <= d and r % 2 == 0, f"rotary_dim even and at most head_dim = {d}", r)
-        fields.expect(self.rope_theta > 0 and self.rms_norm_eps > 0, "rope_theta and rms_norm_eps > 0", self)
+        numbers = (self.rope_theta, self.rms_norm_eps)
+        fields.expect(min(numbers) > 0, "rope_theta and rms_norm_eps > 0", numbers)
+        fields.expect(self.initializer_range >= 0, "initializer_range >= 0", self.initializer_range)
         window = self.sliding_window
         fields.expect(window is None or window >= 1, "sliding_window None or >= 1", window)
         for token in (*self.eos_token_ids, *([] if self.pad_token_id is None else [self.pad_token_id])):
@@ -93,6 +95,7 @@ class TextConfig:
         forward turns all). Raises ValueError for a field that is unknown, that contradicts another, or that asks for what
         this network does not have.
         """
+        fields.expect(isinstance(config, Mapping), "a config of named fields", type(config).__name__)
         given = dict(config)
         fields.lift_aliases(given)
         fields.fill_heads(given)
@@ -150,24 +153,18 @@ class VisionConfig:
     def __post_init__(self) -> None:
         fields.check_types(self)
         heads, patch = self.num_attention_heads, self.patch_size
-        for name in (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "patch_size",
-        ):
+        sizes = "hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size"
+        for name in sizes.split():
             fields.expect(getattr(self, name) >= 1, f"vision {name} >= 1", getattr(self, name))
-        fields.expect(
-            self.hidden_size % heads == 0, f"hidden_size divisible by {heads} heads", self.hidden_size
-        )
-        fields.expect(
-            self.image_size % patch == 0, f"image_size divisible by patch_size = {patch}", self.image_size
-        )
+        hidden, side = self.hidden_size, self.image_size
+        fields.expect(hidden % heads == 0, f"hidden_size divisible by {heads} heads", hidden)
+        fields.expect(side % patch == 0, f"image_size divisible by patch_size = {patch}", side)
+        fields.expect(self.layer_norm_eps > 0, "layer_norm_eps > 0", self.layer_norm_eps)
         fields.expect(self.hidden_act == "gelu", "hidden_act 'gelu' (exact)", self.hidden_act)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> VisionConfig:
+        fields.expect(isinstance(config, Mapping), "a vision_config of named fields", type(config).__name__)
         given = {name: value for name, value in config.items() if name not in fields.CLIP_INERT}
         return cls(**fields.strict(cls, "VisionConfig", given))
 
@@ -189,13 +186,15 @@ class VLConfig:
     image_grid_pinpoints: tuple[tuple[int, int], ...] = dataclasses.field(default_factory=_default_grid)
 
     def __post_init__(self) -> None:
+        fields.check_types(self)
+        parts = isinstance(self.text, TextConfig) and isinstance(self.vision, VisionConfig)
+        fields.expect(parts, "text_config and vision_config", (self.text, self.vision))
         token, size = self.image_token_id, self.text.vocab_size
         fields.expect(0 <= token < size, f"image_token_id below vocab_size = {size}", token)
         side = self.vision.image_size
-        for w, h in self.image_grid_pinpoints:
-            fields.expect(
-                w % side == h % side == 0, f"image_grid_pinpoints in multiples of image_size = {side}", (w, h)
-            )
+        grid = self.image_grid_pinpoints
+        whole = all(w >= side and h >= side and w % side == h % side == 0 for w, h in grid)
+        fields.expect(bool(grid) and whole, f"image_grid_pinpoints in multiples of image_size = {side}", grid)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> VLConfig:

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -59,9 +60,13 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "tie_word_embeddings": (False,),
     "rope_scaling": (None,),
+    "num_channels": (3,),
 }
-
-
+MODEL_TYPES = {
+    "TextConfig": ("TextConfig", "minimax_text_01", "minimax", "MiniMaxText01"),
+    "VisionConfig": ("VisionConfig", "clip_vision_model"),
+    "VLConfig": ("VLConfig", "minimax_vl_01", "MiniMaxVL01"),
+}
 # CLIP's own: the projection and the vocabulary belong to its text half.
 CLIP_INERT = frozenset(
     [
@@ -69,7 +74,6 @@ CLIP_INERT = frozenset(
         "dropout",
         "initializer_factor",
         "initializer_range",
-        "num_channels",
         "projection_dim",
         "vocab_size",
     ]
@@ -104,6 +108,11 @@ def lift_aliases(given: dict[str, Any]) -> None:
         if theirs in given:
             _put(given, ours, given.pop(theirs), theirs)
     if given.get("layer_types") is not None:
+        expect(
+            isinstance(given["layer_types"], (list, tuple)),
+            "layer_types to be a list",
+            repr(given["layer_types"]),
+        )
         unknown = set(given["layer_types"]) - set(LAYER_TYPES)
         expect(not unknown, f"layer_types of {', '.join(LAYER_TYPES)}", sorted(map(str, unknown)))
         types = [LAYER_TYPES[name] for name in given["layer_types"]]
@@ -125,15 +134,20 @@ def fill_heads(given: dict[str, Any]) -> None:
 
 def lift_rope(given: dict[str, Any]) -> None:
     """rope_parameters, and half of a head where nothing says how much RoPE turns."""
-    rope = dict(given.pop("rope_parameters", None) or {})
+    rope = given.pop("rope_parameters", None) or {}
+    expect(isinstance(rope, Mapping), "rope_parameters to be an object", repr(rope))
+    rope = dict(rope)
     kind = rope.pop("rope_type", "default")
     expect(kind == "default", "rope_parameters of rope_type 'default'", kind)
-    head_dim: Any = given.get("head_dim")
-    factor = rope.pop("partial_rotary_factor", given.pop("partial_rotary_factor", None))
+    head_dim: Any = given.get("head_dim", 128)
+    if "partial_rotary_factor" in rope:
+        _put(given, "partial_rotary_factor", rope.pop("partial_rotary_factor"), "rope_parameters")
+    factor = given.pop("partial_rotary_factor", None)
     if "rope_theta" in rope:
         _put(given, "rope_theta", rope.pop("rope_theta"), "rope_parameters")
     expect(not rope, "rope_parameters of rope_theta, rope_type and partial_rotary_factor", sorted(rope))
     if factor is not None and _count(head_dim):
+        expect(isinstance(factor, (int, float)), "partial_rotary_factor to be a number", repr(factor))
         _put(given, "rotary_dim", int(head_dim * factor), "partial_rotary_factor")
     if "rotary_dim" not in given and _count(head_dim):
         given["rotary_dim"] = head_dim // 2
@@ -142,6 +156,7 @@ def lift_rope(given: dict[str, Any]) -> None:
 def vl(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of MiniMax-VL-01's config.json that say something, by our names."""
     given = {name: value for name, value in config.items() if name not in VL_INERT}
+    expect(not {"text", "vision"} & set(given), "text_config and vision_config", "unknown text or vision")
     for name, allowed in VL_ONLY.items():
         only(name, given.pop(name, allowed[0]), allowed)
     if "image_token_index" in given:
@@ -154,9 +169,8 @@ def vl(config: Mapping[str, Any]) -> dict[str, Any]:
 def pairs(value: Any) -> tuple[tuple[int, int], ...]:
     """image_grid_pinpoints, which some configs have as a string."""
     try:
-        return tuple(
-            (int(w), int(h)) for w, h in (ast.literal_eval(value) if isinstance(value, str) else value)
-        )
+        sizes = ast.literal_eval(value) if isinstance(value, str) else value
+        return tuple((operator.index(w), operator.index(h)) for w, h in sizes)
     except (SyntaxError, TypeError, ValueError):
         raise ValueError(
             f"config: expected image_grid_pinpoints of pairs (width, height), got {value!r}"
@@ -175,6 +189,8 @@ def _plain(value: Any) -> Any:
 
 def strict(cls: type, title: str, given: dict[str, Any]) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(cls)}
+    kind = given.get("model_type", title)
+    expect(kind in MODEL_TYPES[title], f"model_type {' or '.join(MODEL_TYPES[title][1:])}", repr(kind))
     kept = {}
     for name, value in given.items():
         if name in known:
@@ -193,8 +209,12 @@ def only(name: str, value: Any, allowed: Iterable[Any]) -> None:
     )
 
 
+def _integer(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return _integer(value) and value > 0
 
 
 def check_types(config: Any) -> None:
@@ -202,10 +222,10 @@ def check_types(config: Any) -> None:
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), str(field.type)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if kind.startswith("int") and not (
-            isinstance(value, int) and number or value is None and "None" in kind
-        ):
-            expect("tuple" in kind and isinstance(value, tuple), f"{field.name} to be an int", repr(value))
+        if kind.startswith(("int", "tuple[int")):
+            several = isinstance(value, tuple) and "tuple" in kind
+            whole = all(map(_integer, value)) if several else kind.startswith("int") and _integer(value)
+            expect(whole or value is None and "None" in kind, f"{field.name} to be {kind}", repr(value))
         if kind == "float":
             expect(number and math.isfinite(value), f"{field.name} to be a finite number", repr(value))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import runpy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -54,8 +54,10 @@ def prefill(
         logits [B, vocab] after each row's last real token.
     """
     source = input_ids if inputs_embeds is None else inputs_embeds
-    if source is None or chunk < 1:
-        raise ValueError("prefill: expected input_ids or inputs_embeds, and chunk >= 1")
+    if source is None or not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(
+            f"prefill: expected input_ids or inputs_embeds, and chunk an int >= 1, got {chunk!r}"
+        )
     B, T = source.shape[:2]
     empty = "prefill: expected a token at least in each prompt, got an empty one"
     if T == 0:
@@ -95,7 +97,7 @@ def generate(
     method: Sampling | Beams = GREEDY,
     inputs_embeds: Tensor | None = None,
     attention_mask: Tensor | None = None,
-    eos: Sequence[int] | None = None,
+    eos: Iterable[int] | None = None,
     cache: Cache | None = None,
     generator: torch.Generator | None = None,
     on_tokens: Callable[[list[int | None]], None] | None = None,
@@ -125,10 +127,15 @@ def generate(
     Raises:
         TypeError, ValueError: an empty prompt, ids outside the vocabulary, arguments that contradict each other.
     """
-    if max_new_tokens < 0:
-        raise ValueError(f"generate: expected max_new_tokens >= 0, got {max_new_tokens}")
+    if not isinstance(model, CausalLM):
+        hint = "of MiniMax-VL-01 take language_model, with inputs_embeds from embed"
+        raise TypeError(f"generate: expected a CausalLM, got {type(model).__name__}: {hint}")
+    if not isinstance(method, (Sampling, Beams)):
+        raise TypeError(f"generate: expected method Sampling(...) or Beams(...), got {method!r}")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise ValueError(f"generate: expected max_new_tokens an int >= 0, got {max_new_tokens!r}")
     ids, embeds, mask = _prompts(prompts, inputs_embeds, attention_mask)
-    stop = tuple(model.config.eos_token_ids if eos is None else eos)
+    stop = {int(token) for token in (model.config.eos_token_ids if eos is None else eos)}
     B = len(cast(Tensor, ids if embeds is None else embeds))
     if max_new_tokens == 0 or B == 0:
         return [[] for _ in range(B)]
@@ -161,8 +168,7 @@ def generate(
         if on_tokens is not None:
             on_tokens(step)
         running &= torch.tensor([t not in stop for t in tokens.tolist()])
-        max_new_tokens -= 1
-        if max_new_tokens == 0 or not running.any():
+        if max(map(len, results)) == max_new_tokens or not running.any():
             return results
         logits = advance(model, used, tokens, None if running.all() else running, backend)
 
@@ -183,7 +189,15 @@ def _prompts(
     if (prompts is None) == (embeds is None):
         raise ValueError("generate: expected prompts or inputs_embeds, got both or neither")
     if prompts is None or isinstance(prompts, Tensor):
+        given = embeds if prompts is None else prompts
+        if not isinstance(given, Tensor) or given.dim() != (3 if prompts is None else 2):
+            raise ValueError(
+                "generate: expected prompts [B, T] or inputs_embeds [B, T, hidden], got another shape"
+            )
         return prompts, embeds, mask
+    for prompt in prompts:
+        if not isinstance(prompt, Sequence) or not all(type(token) is int for token in prompt):
+            raise TypeError(f"generate: expected prompts as lists of token ids (int), got {prompt!r}")
     if mask is not None:
         raise ValueError("generate: expected attention_mask with a tensor of input_ids, got lists of tokens")
     ids, mask = pad(prompts)

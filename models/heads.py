@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TextConfig
-from .text import Head, initialize
+from .text import Head, gradients, initialize
 
 
 class SequenceClassifier(Head):
@@ -30,20 +30,28 @@ class SequenceClassifier(Head):
         self, input_ids: Tensor | None = None, *, attention_mask: Tensor | None = None, **inputs: Any
     ) -> Tensor:
         """Logits [B, num_labels]; arguments as of `TextModel.forward`. Without attention_mask the config's pad_token_id,
-        if it has one, marks the padding. cu_seqlens gives a row for each document, [N, num_labels]."""
+        if it has one, marks the padding. cu_seqlens gives a row for each document, [N, num_labels]. Raises
+        ValueError for a sequence without tokens.
+        """
         pad, cu_seqlens = self.config.pad_token_id, inputs.get("cu_seqlens")
         if attention_mask is None and cu_seqlens is None and pad is not None and input_ids is not None:
             attention_mask = input_ids != pad
         hidden, _ = self.model(input_ids, attention_mask=attention_mask, **inputs)
+        rows = torch.arange(len(hidden), device=hidden.device)
         if cu_seqlens is not None:
-            last = hidden[0, (cu_seqlens[1:] - 1).to(hidden.device)]
-        elif attention_mask is None:
-            last = hidden[:, -1]
+            empty = cu_seqlens.diff() == 0
+            rows, last = torch.zeros_like(cu_seqlens[1:]), cu_seqlens[1:] - 1
+        elif attention_mask is not None:
+            real = attention_mask != 0
+            empty, last = ~real.any(1), (torch.arange(real.shape[1], device=real.device) * real).argmax(1)
         else:
-            places = torch.arange(hidden.shape[1], device=hidden.device)
-            real = attention_mask.to(hidden.device) != 0
-            last = hidden[torch.arange(len(hidden), device=hidden.device), (places * real).argmax(1)]
-        return self.score(last)
+            empty, last = torch.zeros_like(rows), torch.full_like(rows, hidden.shape[1] - 1)
+        if empty.any() or hidden.shape[1] == 0:
+            raise ValueError(
+                "SequenceClassifier: expected a token at least in each sequence, got an empty one"
+            )
+        with gradients(inputs.get("cache")):
+            return self.score(hidden[rows.to(hidden.device), last.to(hidden.device)])
 
 
 class TokenClassifier(Head):
@@ -65,7 +73,9 @@ class TokenClassifier(Head):
 
     def forward(self, input_ids: Tensor | None = None, **inputs: Any) -> Tensor:
         """Logits [B, T, num_labels]; arguments as of `TextModel.forward`."""
-        return self.score(self.dropout(self.model(input_ids, **inputs)[0]))
+        hidden, _ = self.model(input_ids, **inputs)
+        with gradients(inputs.get("cache")):
+            return self.score(self.dropout(hidden))
 
 
 class QuestionAnswering(Head):
@@ -84,5 +94,7 @@ class QuestionAnswering(Head):
 
     def forward(self, input_ids: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
         """(start logits, end logits), each [B, T]; arguments as of `TextModel.forward`."""
-        start, end = self.qa_outputs(self.model(input_ids, **inputs)[0]).unbind(-1)
-        return start, end
+        hidden, _ = self.model(input_ids, **inputs)
+        with gradients(inputs.get("cache")):
+            start, end = self.qa_outputs(hidden).unbind(-1)
+            return start, end

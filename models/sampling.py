@@ -21,28 +21,30 @@ class Sampling:
 
     def __post_init__(self) -> None:
         t, k, p = self.temperature, self.top_k, self.top_p
-        if not 0 <= t < math.inf:
-            raise ValueError(f"Sampling: expected temperature finite and >= 0, got {t}")
-        if k is not None and k < 1:
-            raise ValueError(f"Sampling: expected top_k >= 1, got {k}")
-        if p is not None and not 0 < p <= 1:
-            raise ValueError(f"Sampling: expected top_p in (0, 1], got {p}")
+        if not isinstance(t, (int, float)) or not 0 <= t < math.inf:
+            raise ValueError(f"Sampling: expected temperature finite and >= 0, got {t!r}")
+        if k is not None and (not isinstance(k, int) or k < 1):
+            raise ValueError(f"Sampling: expected top_k an int >= 1, got {k!r}")
+        if p is not None and (not isinstance(p, (int, float)) or not 0 < p <= 1):
+            raise ValueError(f"Sampling: expected top_p in (0, 1], got {p!r}")
         if t == 0 and (k, p) != (None, None):
             raise ValueError(
                 "Sampling: expected a temperature > 0 with top_k or top_p, got 0, which is greedy"
             )
 
     def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """logits [B, V] -> tokens [B] int64. Ties of the likeliest go to the lowest id."""
+        """logits [B, V] -> tokens [B] int64. Ties of the likeliest go to the lowest id. Raises ValueError for NaN."""
+        if logits.isnan().any():
+            raise ValueError("Sampling: expected logits without NaN, got some: is the checkpoint damaged?")
         if self.temperature == 0:
             return logits.argmax(-1)
         return self.probabilities(logits).multinomial(1, generator=generator)[:, 0]
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """What `choose` draws from, [B, V] float32 (float64 for float64)."""
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        """What `choose` draws from, [B, V] float64, as a temperature may be as small as that."""
+        logits = logits.double()
         # The largest first: a small temperature must not overflow.
-        logits = (logits.to(wide) - logits.to(wide).amax(-1, keepdim=True)) / self.temperature
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
         p = ordered.softmax(-1)
         if self.top_k is not None:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import KeyValues
 from .config import TextConfig
+from .rows import Rows
 from .step import Step
 
 _MASK_ELEMENTS = 1 << 24  # of a tile of queries: bounds the memory of a prefill at any length
@@ -37,16 +37,18 @@ class SoftmaxAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, grouped, bias=False, device=device, dtype=dtype)
         self.o_proj = nn.Linear(inner, hidden, bias=False, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, step: Step, cached: KeyValues | None = None) -> Tensor:
-        """x [B, T, hidden] -> y [B, T, hidden]; `cached`, if any, takes the new keys and values."""
-        B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x: Tensor, step: Step, cached: Rows | None = None) -> Tensor:
+        """x [B, T, hidden] -> y [B, T, hidden]; `cached`, if any, takes the new keys (turned) and values, [B, T, 2, G, D]."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, step), rotate(k, step)
+        aligned = step.uniform and (cached is None or cached.level)
         if cached is None:
             positions = _own_positions(step)
         else:
-            k, v, positions = cached.update(k, v, step)
-        o = attend(q, k, v, step, positions, self.window)  # [B, T, H, D]
+            cached.write(torch.stack([k, v], dim=2), step)
+            k, v = cached.view(step.ends).unbind(2)  # [B, L, G, D]
+            positions = cached.positions(step.ends)
+        o = attend(q, k, v, step, positions, aligned, self.window)  # [B, T, H, D]
         return self.o_proj(o.flatten(2))
 
 
@@ -66,25 +68,26 @@ def _own_positions(step: Step) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, step: Step, key_positions: Tensor, window: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, step: Step, key_positions: Tensor, aligned: bool, window: int | None
 ) -> Tensor:
     """Causal attention of the step's queries q [B, T, H, D] over keys and values [B, L, G, D] -> [B, T, H, D].
 
-    A query at position p sees the keys at positions (p - window, p]; key_positions [B, L].
+    A query at position p sees the keys at positions (p - window, p]; key_positions [B, L]. aligned: there is no padding, and
+    in each row the last key belongs to the last query.
     """
     flash = _flash_attn() if _takes_flash_attn(q) else None
-    if flash is not None and (step.uniform or step.cu_seqlens is not None):
+    if flash is not None and (aligned or step.cu_seqlens is not None):
         return _with_flash_attn(flash, q, k, v, step, window)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, tokens, D]
     if step.cu_seqlens is None:
-        o = _attend(q, k, v, step.positions, key_positions, window, step.uniform)
+        o = _attend(q, k, v, step.positions, key_positions, window, aligned)
     else:
-        parts = []
+        parts = [q[:, :, :0]]
         for a, b in pairwise(step.bounds):
             qd, kd, vd = (x[:, :, a:b] for x in (q, k, v))
             positions, theirs = (x[:, a:b] for x in (step.positions, key_positions))
             parts.append(_attend(qd, kd, vd, positions, theirs, window, True))
-        o = torch.cat(parts, dim=2) if parts else torch.empty_like(q)
+        o = torch.cat(parts, dim=2)
     return o.transpose(1, 2)
 
 
@@ -95,20 +98,25 @@ def _attend(
     positions: Tensor,
     key_positions: Tensor,
     window: int | None,
-    uniform: bool,
+    aligned: bool,
 ) -> Tensor:
-    """[B, heads, tokens, D]; uniform: no padding, and the last key belongs to the last query."""
+    """[B, heads, tokens, D]; as `attend`, without documents."""
     T, L = q.shape[2], k.shape[2]
-    if uniform and (window is None or L <= window) and (T == L or T == 1):
+    if aligned and (window is None or L <= window) and (T == L or T == 1):
         return _sdpa(q, k, v) if T == 1 else _sdpa(q, k, v, causal=True)
     tile = max(1, _MASK_ELEMENTS // max(k.shape[0] * L, 1))
+    if aligned and window is not None:
+        tile = min(tile, max(window, 256))  # keys before the first window of a tile are left out
     tiles = []
     for start in range(0, T, tile):
-        p = positions[:, start : start + tile, None]
-        visible = key_positions[:, None] <= p  # [B, tile, L]
+        end = min(start + tile, T)
+        first = max(L - T + start - window + 1, 0) if aligned and window is not None else 0
+        keys = slice(first, L - T + end if aligned else L)
+        p, kp = positions[:, start:end, None], key_positions[:, None, keys]
+        visible = kp <= p  # [B, tile, L]
         if window is not None:
-            visible &= key_positions[:, None] > p - window
-        tiles.append(_sdpa(q[:, :, start : start + tile], k, v, visible[:, None]))
+            visible &= kp > p - window
+        tiles.append(_sdpa(q[:, :, start:end], k[:, :, keys], v[:, :, keys], visible[:, None]))
     return torch.cat(tiles, dim=2) if tiles else torch.empty_like(q)
 
 

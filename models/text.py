@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_attn import LightningAttention, SparseMoE
+from lightning_attn import LightningAttention, SparseMoE, available_backends
 
 from . import step as steps
 from .cache import Cache
@@ -133,7 +133,8 @@ class TextModel(nn.Module):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("TextModel: expected input_ids or inputs_embeds, got both or neither")
-        with _gradients(cache):
+        _types(input_ids, inputs_embeds, attention_mask, cu_seqlens, cache, backend)
+        with gradients(cache):
             x = inputs_embeds if input_ids is None else self.embed(input_ids)
             assert x is not None
             x, mask = self._inputs(x, attention_mask, cu_seqlens, cache)
@@ -150,7 +151,7 @@ class TextModel(nn.Module):
                 device = layer.input_layernorm.weight.device
                 x, step = x.to(device), step.to(device)
                 x, logits = layer(x, step, cache, backend)
-                router.append(logits)
+                router.append(logits.unflatten(0, x.shape[:2])[:, x.shape[1] - T :].flatten(0, 1))
             if cache is not None:
                 cache.end(step)
             return self.norm(x.to(self.norm.weight.device))[:, x.shape[1] - T :], tuple(router)
@@ -158,9 +159,12 @@ class TextModel(nn.Module):
     def _inputs(
         self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, Tensor | None]:
+        dtype = self.embed_tokens.weight.dtype
         if x.dim() != 3 or x.shape[2] != self.config.hidden_size:
             expected = f"[B, T, {self.config.hidden_size}]"
             raise ValueError(f"TextModel: expected inputs_embeds {expected}, got {list(x.shape)}")
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"TextModel: expected inputs_embeds of dtype {dtype}, got {x.dtype}")
         if mask is not None and mask.shape != x.shape[:2]:
             raise ValueError(
                 f"TextModel: expected attention_mask of the new tokens, {list(x.shape[:2])}, got {list(mask.shape)}"
@@ -169,6 +173,10 @@ class TextModel(nn.Module):
             raise ValueError("TextModel: expected cu_seqlens without cache and attention_mask, got both")
         if cu_seqlens is not None and len(x) != 1:
             raise ValueError(f"TextModel: expected B = 1 with cu_seqlens, got {len(x)}")
+        if cache is not None and cache.config != self.config:
+            raise ValueError(
+                "TextModel: expected a cache of this model (model.new_cache), got one of another config"
+            )
         if cache is not None and cache.batch_size != len(x):
             raise ValueError(f"TextModel: expected a cache of {len(x)} rows, got {cache.batch_size}")
         return x.to(self.embed_tokens.weight.device), mask
@@ -218,12 +226,35 @@ class CausalLM(Head):
         (logits, router logits), for the auxiliary loss.
         """
         hidden, router = self.model(input_ids, **inputs)
-        with _gradients(inputs.get("cache")):
+        with gradients(inputs.get("cache")):
             logits = self.lm_head(hidden.to(self.lm_head.weight.device))
         return (logits, router) if return_router_logits else logits
 
 
-def _gradients(cache: Cache | None) -> torch.set_grad_enabled:
+def _types(
+    input_ids: Any, inputs_embeds: Any, attention_mask: Any, cu_seqlens: Any, cache: Any, backend: Any
+) -> None:
+    """Before anything is taken for granted, or a cache is touched."""
+    tensors = {
+        "input_ids": input_ids,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "cu_seqlens": cu_seqlens,
+    }
+    for name, value in tensors.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"TextModel: expected {name} to be a torch.Tensor, got {type(value).__name__}")
+    if cache is not None and not isinstance(cache, Cache):
+        raise TypeError(
+            f"TextModel: expected cache to be a Cache (model.new_cache), got {type(cache).__name__}"
+        )
+    if backend != "auto" and available_backends().get(backend) != "ok":
+        raise ValueError(
+            f"TextModel: expected a backend that can run, got {backend!r}: {available_backends()}"
+        )
+
+
+def gradients(cache: Cache | None) -> torch.set_grad_enabled:
     """What a cache takes has no gradient."""
     return torch.set_grad_enabled(torch.is_grad_enabled() and cache is None)
 

@@ -140,8 +140,8 @@ def test_vl_round_trip(tmp_path: Path) -> None:
         ({"num_experts_per_tok": 99}, "num_experts_per_tok <= num_local_experts"),
         ({"rotary_dim": 7}, "rotary_dim even"),
         ({"rotary_dim": 4096}, "at most head_dim"),
-        ({"hidden_size": "64"}, "hidden_size to be an int, got '64'"),
-        ({"hidden_size": True}, "hidden_size to be an int"),
+        ({"hidden_size": "64"}, "hidden_size to be int, got '64'"),
+        ({"hidden_size": True}, "hidden_size to be int"),
         ({"hidden_size": 0}, "hidden_size >= 1"),
         ({"hidden_size": None, "head_dim": None}, "hidden_size and num_attention_heads for a head_dim"),
         ({"rope_theta": -1.0}, "rope_theta"),
@@ -156,6 +156,18 @@ def test_vl_round_trip(tmp_path: Path) -> None:
         ({"tie_word_embeddings": True}, "tie_word_embeddings = False"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0"),
         ({"router_jitter_noise": 0.1}, "router_jitter_noise = 0"),
+        ({"model_type": "llama"}, "model_type minimax_text_01 or minimax"),
+        ({"eos_token_id": [1.0]}, "eos_token_id to be int"),
+        ({"attn_type_list": None}, "attn_type_list to be tuple"),
+        ({"attn_type_list": 5}, "attn_type_list to be tuple"),
+        ({"layer_types": 5}, "layer_types to be a list"),
+        ({"rope_parameters": [1]}, "rope_parameters to be an object"),
+        ({"partial_rotary_factor": "a"}, "partial_rotary_factor to be a number"),
+        (
+            {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.25}},
+            "rope_parameters to agree with partial_rotary_factor",
+        ),
+        ({"initializer_range": -1.0}, "initializer_range >= 0"),
     ],
 )
 def test_wrong_fields(fields: dict[str, Any], message: str) -> None:
@@ -175,12 +187,27 @@ def test_wrong_fields(fields: dict[str, Any], message: str) -> None:
         ({"vision_config": {"image_size": 300}}, "divisible by patch_size"),
         ({"vision_config": {"num_attention_heads": 7}}, "divisible by 7 heads"),
         ({"language": 1}, "unknown language"),
+        ({"text_config": None}, "a config of named fields"),
+        ({"vision_config": None}, "a vision_config of named fields"),
+        ({"text": 5}, "unknown text"),
+        ({"image_token_index": 1.5}, "image_token_id to be int"),
+        ({"image_grid_pinpoints": []}, "multiples of image_size"),
+        ({"image_grid_pinpoints": [[0, 0]]}, "multiples of image_size"),
+        ({"image_grid_pinpoints": [[336.5, 336]]}, "pairs"),
+        ({"vision_config": {"image_size": 0}}, "image_size >= 1"),
+        ({"vision_config": {"layer_norm_eps": -1.0}}, "layer_norm_eps > 0"),
+        ({"vision_config": {"num_channels": 4}}, "num_channels = 3"),
+        ({"vision_config": {"model_type": "siglip"}}, "model_type clip_vision_model"),
     ],
 )
 def test_wrong_vl_fields(fields: dict[str, Any], message: str) -> None:
     base = {"text_config": TINY, "vision_config": {}, "image_token_index": 96}
     with pytest.raises(ValueError, match=message):
         VLConfig.from_dict({**base, **fields})
+
+
+def test_partial_rotary_factor_of_the_default_head() -> None:
+    assert TextConfig.from_dict({"rope_parameters": {"partial_rotary_factor": 0.25}}).rotary_dim == 32
 
 
 def test_wrong_files(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """Generation against uncached forwards, beam search against transformers without a cache, and the command line."""
 
+from typing import Any
+
 import pytest
 import torch
 from models_support import relative, tiny_model, tokens, twin
 
-from models.beam import Beams
+from lightning_attn import LightningAttention, SparseMoE
+from models.beam import Beams, search
 from models.generate import generate, pad
-from models.sampling import Sampling
+from models.sampling import GREEDY, Sampling
 from models.text import CausalLM
 
 END = 84
@@ -122,6 +125,75 @@ def test_sampling_is_repeatable_and_follows_the_probabilities() -> None:
     assert frequency[0] == 0
 
 
+def test_top_k_comes_before_top_p() -> None:
+    """Of the two that are kept the first has four sevenths."""
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    p = Sampling(temperature=1, top_k=2, top_p=0.5).probabilities(logits)
+    assert p.tolist() == [[1, 0, 0, 0]]
+    assert Sampling(temperature=1, top_p=0.5).probabilities(torch.zeros(1, 2)).tolist() == [[1, 0]]
+    assert Sampling(temperature=1e-320).probabilities(logits).tolist() == [[1, 0, 0, 0]]
+
+
+def test_beams_with_several_ends() -> None:
+    """All of the likeliest 2 W are ends, and still W beams go on: 6 and then 7 is the best."""
+    first = torch.full((1, 12), -50.0)
+    first[0, [5, 0, 1, 2, 6]] = torch.tensor([6.0, 5.9, 5.8, 5.7, 5.6])
+
+    def follow(rows: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(2, 12)
+        logits[given == 6] = -50.0
+        logits[given == 6, 7] = 0
+        return logits
+
+    assert search(first, follow, Beams(2), max_new_tokens=2, eos=[0, 1, 2]) == [[6, 7]]
+
+
+def test_ends_of_any_kind(model: CausalLM) -> None:
+    """A tensor of ends; none at all, though the config has some; a row that has ended takes no more tokens."""
+    expected = generate(model, PROMPTS, max_new_tokens=20, eos=[END])
+    for method in (GREEDY, Beams(2)):
+        with_list = generate(model, PROMPTS, max_new_tokens=20, eos=[END], method=method)
+        assert (
+            generate(model, PROMPTS, max_new_tokens=20, eos=torch.tensor([END]), method=method) == with_list
+        )
+    ending = tiny_model(21, eos_token_id=END)
+    assert generate(ending, PROMPTS, max_new_tokens=20) == expected
+    assert all(len(r) == 20 for r in generate(ending, PROMPTS, max_new_tokens=20, eos=[]))
+    cache = model.new_cache(4)
+    generate(model, PROMPTS, max_new_tokens=20, eos=[END], cache=cache)
+    assert cache.lengths == [len(p) + len(r) - 1 for p, r in zip(PROMPTS, expected, strict=True)]
+
+
+def test_what_generate_hands_on(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The generator of sampling, the chunk of the prefill and the backend."""
+    hot = Sampling(temperature=3.0)
+    drawn = [
+        generate(
+            model, PROMPTS, max_new_tokens=9, eos=[], method=hot, generator=torch.Generator().manual_seed(s)
+        )
+        for s in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    done: list[int] = []
+    generate(model, PROMPTS, max_new_tokens=1, eos=[], chunk=5, on_chunk=done.append)
+    assert done == [5, 10, 15, 17]
+    seen: list[str] = []
+    for module, name in (
+        (LightningAttention, "forward"),
+        (LightningAttention, "decode"),
+        (SparseMoE, "forward"),
+    ):
+        original = getattr(module, name)
+
+        def spy(*args: Any, original: Any = original, **options: Any) -> Any:
+            seen.append(options["backend"])
+            return original(*args, **options)
+
+        monkeypatch.setattr(module, name, spy)
+    generate(model, [[1, 2, 3]], max_new_tokens=3, eos=[], backend="reference")
+    assert len(seen) > 10 and set(seen) == {"reference"}
+
+
 def test_default_end_of_sentence() -> None:
     """The config's; 200020 for the released vocabulary, though its config.json has null."""
     model = tiny_model(21, eos_token_id=(3, END))
@@ -141,7 +213,14 @@ def test_nothing_to_do(model: CausalLM) -> None:
         ({"prompts": [[1], []]}, "empty one"),
         ({"prompts": [[1, 200064]]}, r"in \[0, 97\), got 200064"),
         ({"prompts": None}, "both or neither"),
-        ({"prompts": [[1]], "max_new_tokens": -1}, "max_new_tokens >= 0"),
+        ({"prompts": [[1]], "max_new_tokens": -1}, "max_new_tokens an int >= 0"),
+        ({"prompts": [[1]], "max_new_tokens": 2.5}, "max_new_tokens an int >= 0"),
+        ({"prompts": [[1]], "method": "greedy"}, "method Sampling"),
+        ({"prompts": [[1.7]]}, "lists of token ids"),
+        ({"prompts": [1, 2]}, "lists of token ids"),
+        ({"prompts": "ab"}, "lists of token ids"),
+        ({"prompts": tokens(3)}, "another shape"),
+        ({"prompts": [[1]], "chunk": 1.5}, "chunk an int >= 1"),
         ({"prompts": [[1]], "attention_mask": torch.ones(1, 1)}, "attention_mask with a tensor"),
         ({"prompts": tokens(1, 3), "attention_mask": torch.ones(1, 2)}, "attention_mask"),
     ],
@@ -149,6 +228,11 @@ def test_nothing_to_do(model: CausalLM) -> None:
 def test_bad_calls(model: CausalLM, args: dict[str, object], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         generate(model, **{"max_new_tokens": 2, **args})  # type: ignore[arg-type]
+
+
+def test_a_model_of_another_kind() -> None:
+    with pytest.raises(TypeError, match="expected a CausalLM, got Linear"):
+        generate(torch.nn.Linear(2, 2), [[1]], max_new_tokens=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +243,12 @@ def test_bad_calls(model: CausalLM, args: dict[str, object], message: str) -> No
         (lambda: Sampling(temperature=1, top_k=0), "top_k"),
         (lambda: Sampling(temperature=1, top_p=0), "top_p"),
         (lambda: Sampling(top_k=3), "greedy"),
+        (lambda: Sampling(top_k=2.5, temperature=1), "top_k"),  # type: ignore[arg-type]
+        (lambda: Sampling(temperature="1"), "temperature"),  # type: ignore[arg-type]
+        (lambda: GREEDY.choose(torch.tensor([[0.0, torch.nan]])), "without NaN"),
         (lambda: Beams(0), "width"),
+        (lambda: Beams("2"), "width"),  # type: ignore[arg-type]
+        (lambda: Beams(2, float("nan")), "length_penalty"),
         (lambda: pad([[1]], side="middle"), "side"),
     ],
 )

@@ -43,6 +43,14 @@ def test_lightning_layer_alone() -> None:
 
 
 @torch.no_grad()
+def test_eps_of_every_norm() -> None:
+    """rms_norm_eps for the layers' and the last norm, 1e-6 for the one in lightning attention."""
+    model = tiny_model(0, rms_norm_eps=0.3)
+    ids = tokens(1, 20)
+    assert relative(model(ids), twin(model, model.config)(ids, use_cache=False).logits) < 1e-5
+
+
+@torch.no_grad()
 def test_rope_turns_half_of_a_head() -> None:
     """By complex numbers in float64; the other half passes."""
     config = tiny_config(0, head_dim=16, rotary_dim=8)
@@ -165,6 +173,18 @@ def test_classifiers_are_those_of_transformers() -> None:
     assert relative(classifier(packed, cu_seqlens=bounds), alone) < 1e-5
 
 
+def test_a_sequence_without_tokens_has_no_label() -> None:
+    model, ids = SequenceClassifier(tiny_config(1), 5), tokens(2, 4)
+    for inputs in (
+        {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0]])},
+        {"input_ids": ids[:1], "cu_seqlens": torch.tensor([0, 0, 4])},
+        {"input_ids": ids[:, :0]},
+    ):
+        with pytest.raises(ValueError, match="a token at least in each sequence"):
+            model(**inputs)
+    assert not model(ids, cache=model.new_cache(2)).requires_grad
+
+
 def test_token_classifier_drops_out_in_training() -> None:
     config = tiny_config(1)
     model, ids = TokenClassifier(config, 3, dropout=0.5), tokens(1, 10)
@@ -223,7 +243,9 @@ def test_flash_attn_is_called_as_it_documents(monkeypatch: pytest.MonkeyPatch) -
     for window in (None, 4):
         model = tiny_model(9, sliding_window=window)
         ids, bounds = tokens(1, 23), torch.tensor([0, 9, 23])
-        for inputs in ({}, {"cu_seqlens": bounds}):
+        holes = torch.ones(1, 23)
+        holes[0, 5:9] = 0
+        for inputs in ({}, {"cu_seqlens": bounds}, {"attention_mask": holes}):
             expected = model(ids, **inputs)
             with monkeypatch.context() as patch:
                 patch.setattr(softmax, "_flash_attn", lambda: flash)
