@@ -160,6 +160,8 @@ class Cache:
         # What precedes a snapshot by less than the window must still be held; from 0 on all can be run again.
         oldest = max((rows.dropped[b] for rows in self.softmax.values()), default=0)
         first = oldest + (self.config.sliding_window or 0) - 1 if oldest else 1
+        if LIGHTNING not in self.config.attn_type_list and first <= length:
+            return length, None
         known = [s for s in self.snapshots if first <= s.lengths[b] <= length]
         best = max(known, key=lambda s: s.lengths[b], default=None)
         base = 0 if best is None else best.lengths[b]

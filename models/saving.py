@@ -53,7 +53,7 @@ def save(
     places = list(entries(model).values())
     _check(model, places)
     directory.mkdir(parents=True, exist_ok=True)
-    old = _old_files(directory, model)
+    old = replaced(directory, model)
     for file in directory.glob(f"model*{_HALF}"):
         file.unlink()
     shards = _split(places, max_shard_size)
@@ -102,8 +102,10 @@ def _check(model: nn.Module, places: Sequence[Entry]) -> None:
         raise TypeError(f"save: expected a model with a config that has to_dict, got {type(model).__name__}")
 
 
-def _old_files(directory: Path, model: nn.Module) -> list[str]:
-    """Of the checkpoint that is there, if one is: what is to go, in that order."""
+def replaced(directory: Path, model: nn.Module) -> list[str]:
+    """The files of the checkpoint that is there, if one is, which `save` deletes, in that order. Raises ValueError if `save`
+    may not replace it, for those who want to know before the model (its config counts) is made.
+    """
     old = [name for name in (SINGLE, INDEX) if (directory / name).is_file()]
     if not old:
         return []

@@ -20,6 +20,7 @@ from lightning_attn import load_balancing_loss, moe_route
 from . import checkpoint
 from .byte_tokenizer import byte_tokenizer
 from .config import LIGHTNING, SOFTMAX, TextConfig
+from .saving import replaced
 from .text import CausalLM
 
 CONFIG = TextConfig(
@@ -180,7 +181,12 @@ def main(
     shortest = min(len(training), len(held_out))
     if shortest <= recipe.length + 1:
         raise click.BadParameter(f"expected {10 * recipe.length + 20} bytes at least", param_hint="--text")
-    parameters = sum(p.numel() for p in CausalLM(CONFIG, device="meta").parameters())
+    shape = CausalLM(CONFIG, device="meta")
+    try:
+        replaced(out, shape)
+    except ValueError as error:  # now, not after minutes of training
+        raise click.BadParameter(str(error), param_hint="--out") from None
+    parameters = sum(p.numel() for p in shape.parameters())
     click.echo(
         f"{parameters:,} parameters, {len(training):,} bytes, {recipe.batch * recipe.length:,} of them a step"
     )

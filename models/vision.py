@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from .config import VisionConfig
 
-TILES_AT_ONCE = (
-    16  # tiles that go through the network together: bounds its activations, 16 x 577 x 4096 at most
-)
+# Tiles that go through the network together: bounds its activations, 16 x 577 x 4096 at most.
+TILES_AT_ONCE = 16
 
 
 class VisionTower(nn.Module):

@@ -131,6 +131,8 @@ class VLForConditionalGeneration(nn.Module):
                 raise TypeError(
                     f"images[{i}]: expected what ImageProcessor gives, got {type(image).__name__}"
                 )
+            if min(image.size) < 1:
+                raise ValueError(f"images[{i}]: expected a size of at least 1x1, got {image.size}")
             W, H = best_grid(*image.size, grid)
             n = 1 + (W // vision.image_size) * (H // vision.image_size)
             if len(image.tiles) != n:
@@ -153,7 +155,7 @@ class VLForConditionalGeneration(nn.Module):
 
 def _runs(mask: Tensor) -> list[int]:
     """Lengths of the runs of True in the rows of mask [B, T], one after the other."""
-    edges = F.pad(mask.reshape(-1, mask.shape[-1]).int(), (1, 1)).diff()
+    edges = F.pad(mask.int(), (1, 1)).diff()
     starts, stops = (edges == 1).nonzero()[:, 1], (edges == -1).nonzero()[:, 1]
     return (stops - starts).tolist()
 

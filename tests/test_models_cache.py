@@ -182,6 +182,20 @@ def test_windows_bound_the_cache() -> None:
 
 
 @torch.no_grad()
+def test_rollback_without_states() -> None:
+    """Where there are only keys and values nothing is run again."""
+    for window in (None, 5):
+        model = tiny_model(11, num_hidden_layers=2, attn_type_list=(1, 1), sliding_window=window)
+        ids, cache = tokens(1, 40), model.new_cache(1)
+        whole = model(ids)
+        feed(model, cache, ids, [20, 20])
+        for length in (39, 17, 3, 0):
+            cache.crop(length)
+            assert cache.pending is None or window is not None
+            assert relative(model(ids[:, length:], cache=cache), whole[:, length:]) < TOLERANCE
+
+
+@torch.no_grad()
 def test_select_moves_rows(model: CausalLM) -> None:
     """To another batch size, with what is pending and what can be gone back to."""
     ids = tokens(3, 30)

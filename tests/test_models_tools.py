@@ -218,6 +218,14 @@ def test_training_text() -> None:
     assert len(training) + len(held_out) <= total
 
 
+def test_another_checkpoint_is_not_replaced(tmp_path: Path) -> None:
+    """It says so before it trains."""
+    checkpoint.save(CausalLM(tiny_config(0)), tmp_path)
+    result = call(train_tiny.main, "--steps", 1, "--out", tmp_path)
+    assert result.exit_code == 2 and "config.json says another" in " ".join(result.output.split())
+    assert "training" not in result.output
+
+
 def test_own_text(tmp_path: Path) -> None:
     file = tmp_path / "text"
     file.write_bytes(bytes(range(200)) * 100)
