@@ -19,6 +19,11 @@ from torch import Tensor
 
 from lightning_attn import available_backends, backends
 
+if DRY and available_backends()["triton"] == "ok":
+    import interpreter
+
+    interpreter.quicken()
+
 DEVICE = "cpu" if DRY else "cuda"
 SLOTS = ((2, 0, 1), (-1, 1, -1), (0, 7, -5), (2**31, -(2**31), 2))  # of 3 states: some are none
 SEGMENT = 48
