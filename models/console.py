@@ -47,7 +47,9 @@ class Stream:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--checkpoint", "directory", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "--checkpoint", "directory", type=click.Path(path_type=Path), required=True, help="A directory."
+)
 @click.option(
     "--prompt", "prompts", multiple=True, required=True, help="Several make a batch; - reads standard input."
 )
@@ -58,19 +60,32 @@ class Stream:
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(0), default=256, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0: the likeliest token.")
-@click.option("--top-k", type=int)
-@click.option("--top-p", type=float)
-@click.option("--seed", type=int, help="Of sampling.")
-@click.option("--beams", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--top-k", type=int, help="Sample among the K likeliest; needs --temperature.")
 @click.option(
-    "--device", "devices", multiple=True, default=("cpu",), show_default=True, help="Layers in this order."
+    "--top-p", type=float, help="Sample among the likeliest of probability P together; needs --temperature."
+)
+@click.option("--seed", type=int, help="Of sampling.")
+@click.option(
+    "--beams",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Beam search; not with --temperature.",
+)
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    default=("cpu",),
+    show_default=True,
+    help="cpu, cuda:0, …; several take the layers in this order.",
 )
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="The checkpoint's without it.")
 @click.option("--int8", is_flag=True, help="Weights of the layers in int8.")
 @click.option(
     "--chunk", type=click.IntRange(1), default=4096, show_default=True, help="Of the prefill, in tokens."
 )
-@click.option("--backend", default="auto", show_default=True)
+@click.option("--backend", default="auto", show_default=True, help="reference, cpu, triton or cuda.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def main(**options: Any) -> None:
     """Continues prompts with a checkpoint, by the chat template if its tokenizer has one.
@@ -106,8 +121,10 @@ def _run(
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
     request = Request(directory, texts, images, system, raw)
     longest = max(map(len, request.ids))
+    if min(map(len, request.ids)) == 0:
+        raise ValueError("--prompt: expected some text, got an empty prompt")
     model: Any = checkpoint.load(
-        directory, devices=devices, dtype=DTYPES.get(dtype or ""), int8=int8, progress=not quiet, tokens=longest,
+        directory, devices=devices, dtype=DTYPES.get(dtype or ""), int8=int8, progress=not quiet, tokens=longest + rest["max_new_tokens"],
         sequences=len(texts) * beams,
     )  # fmt: skip
     inputs: dict[str, Any] = {"prompts": request.ids}

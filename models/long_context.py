@@ -100,12 +100,14 @@ def run(model: CausalLM, tokens: int, chunk: int, every: int) -> Cache:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--tokens", type=click.IntRange(1), default=1 << 20, show_default=True)
+@click.option("--tokens", type=click.IntRange(1), default=1 << 20, show_default=True, help="Of the prompt.")
 @click.option("--chunk", type=click.IntRange(1), default=8192, show_default=True, help="Tokens at a time.")
 @click.option(
     "--window", type=click.IntRange(1), default=1024, show_default=True, help="Of the softmax layers."
 )
-@click.option("--checkpoint", "path", type=click.Path(exists=True, path_type=Path), help="Of train_tiny.")
+@click.option(
+    "--checkpoint", "path", type=click.Path(path_type=Path), help="Directory that train_tiny wrote."
+)
 def main(tokens: int, chunk: int, window: int, path: Path | None) -> None:
     """Streams a long prompt through the tiny hybrid, and checks its lightning states against float64.
 
@@ -113,7 +115,10 @@ def main(tokens: int, chunk: int, window: int, path: Path | None) -> None:
     --checkpoint the weights are random.
     """
     torch.manual_seed(0)
-    given = CausalLM(CONFIG) if path is None else checkpoint.load(path)
+    try:
+        given = CausalLM(CONFIG) if path is None else checkpoint.load(path)
+    except (TypeError, ValueError, OSError) as wrong:
+        raise click.BadParameter(str(wrong), param_hint="--checkpoint") from None
     if not isinstance(given, CausalLM):
         raise click.BadParameter(
             f"expected a language model, got {type(given).__name__}", param_hint="--checkpoint"

@@ -45,7 +45,7 @@ class Plan:
 
     def table(self) -> Table:
         """Bytes by device, for `rich.print`. Activations, and what a cache holds to go back, are not counted."""
-        title = f"Weights and a cache of {self.tokens:,} tokens x {self.sequences:,} sequences"
+        title = f"Weights and a cache of {self.tokens:,} tokens x {self.sequences:,} sequence{'s' * (self.sequences != 1)}"
         table = Table(title=title, title_justify="left")
         table.add_column("device")
         table.add_column("holds", overflow="fold")

@@ -46,7 +46,7 @@ class Rows:
             return
         excess = [0 if self.keep is None else max(n - self.keep, 0) for n in held]
         needed = max((n - e + x.shape[1] for n, e in zip(held, excess, strict=True)), default=x.shape[1])
-        tokens = max(needed, 2 * capacity) if self.keep is None else 2 * needed
+        tokens = max(needed, 2 * capacity) if self.keep is None else max(2 * needed, capacity)
         with torch.inference_mode(False):  # to be written to outside of it, too
             # Zeros: what no query sees is multiplied all the same.
             grown = torch.zeros(len(x), tokens, *x.shape[2:], device=x.device, dtype=x.dtype)

@@ -29,7 +29,7 @@ class Sampling:
             raise ValueError(f"Sampling: expected top_p in (0, 1], got {p!r}")
         if t == 0 and (k, p) != (None, None):
             raise ValueError(
-                "Sampling: expected a temperature > 0 with top_k or top_p, got 0, which is greedy"
+                "Sampling: expected a temperature > 0 with top_k or top_p, got 0, which is greedy: give a temperature"
             )
 
     def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,10 @@ def save(
         ):
             half = directory / (name + _HALF)
             made.append(half)
+            half.touch()
+            mode = half.stat().st_mode  # save_file makes its file readable by its owner alone
             save_file({e.name: e.view.contiguous() for e in shard}, half, metadata={"format": "pt"})
+            half.chmod(stat.S_IMODE(mode))
             _flush(half)
         for name in names:
             made.append(directory / name)

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -128,7 +129,7 @@ def train(
         {"params": vectors, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.peak_rate, betas=(0.9, 0.95), fused=True)
-    task = progress.add_task("training", total=recipe.steps, bits=float("nan"))
+    task = progress.add_task("training", total=recipe.steps, bits="")
     curve: list[float] = []
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
@@ -139,7 +140,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         curve.append(entropy.item() / math.log(2))
-        progress.update(task, advance=1, bits=sum(curve[-20:]) / len(curve[-20:]))
+        progress.update(task, advance=1, bits=f"{sum(curve[-20:]) / len(curve[-20:]):.3f} bits/byte")
     return model, curve
 
 
@@ -162,12 +163,18 @@ def plot(curve: list[float], held_out: float, path: Path) -> None:
     "--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Train on this file."
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("tiny"), show_default=True, help="Checkpoint."
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("tiny"),
+    show_default=True,
+    help="Directory of the checkpoint.",
 )
 @click.option("--steps", type=click.IntRange(1), default=Recipe.steps, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draw the curve (PNG).")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the curve.")
+@click.option(
+    "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curve (PNG)."
+)
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the curve.")
 def main(
     text: Path | None, out: Path, steps: int, seed: int, plot_path: Path | None, json_path: Path | None
 ) -> None:
@@ -182,22 +189,26 @@ def main(
     if shortest <= recipe.length + 1:
         raise click.BadParameter(f"expected {10 * recipe.length + 20} bytes at least", param_hint="--text")
     shape = CausalLM(CONFIG, device="meta")
-    try:
+    try:  # now, not after minutes of training
         replaced(out, shape)
-    except ValueError as error:  # now, not after minutes of training
+    except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--out") from None
+    for hint, path in (("--json", json_path), ("--plot", plot_path)):
+        if path is not None and not path.parent.is_dir():
+            raise click.BadParameter(f"expected a directory that exists, got {path.parent}", param_hint=hint)
     parameters = sum(p.numel() for p in shape.parameters())
     click.echo(
         f"{parameters:,} parameters, {len(training):,} bytes, {recipe.batch * recipe.length:,} of them a step"
     )
     start = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    bits = TextColumn("{task.fields[bits]:.3f} bits/byte")
-    with Progress(*columns, bits, TimeRemainingColumn()) as progress:
+    bits = TextColumn("{task.fields[bits]}")
+    with Progress(*columns, bits, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         model, curve = train(CONFIG, recipe, training, progress)
     seconds = time.perf_counter() - start
+    click.echo("reading the held-out text", err=True)
     result = bits_per_byte(model.eval(), even_windows(held_out, recipe.length))
-    click.echo(f"{result:.3f} bits per byte on held-out text, after {seconds:.0f} s")
+    click.echo(f"{result:.3f} bits per byte on held-out text; trained in {seconds:.0f} s")
     checkpoint.save(model, out)
     byte_tokenizer().save(str(out / "tokenizer.json"))
     click.echo(f"saved in {out}")

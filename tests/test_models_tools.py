@@ -62,6 +62,11 @@ def test_training_repeats(trained: tuple[Path, dict[str, object], str]) -> None:
     assert [round(b, 4) for b in again] == curve
 
 
+def test_whoever_reads_the_config_reads_the_weights(trained: tuple[Path, dict[str, object], str]) -> None:
+    modes = {file.stat().st_mode for file in trained[0].iterdir()}
+    assert len(modes) == 1, "files of one checkpoint, as the umask has them"
+
+
 def test_committed_curve_reaches_its_goal() -> None:
     """The run of `python -m models.train_tiny` that the README shows: below 2.6 bits per byte, in under six minutes."""
     file = Path(__file__).parent.parent / "benchmarks" / "results" / "train_tiny.json"
@@ -115,7 +120,7 @@ def test_generate_continues(trained: tuple[Path, dict[str, object], str]) -> Non
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--prompt", ""), "expected a token at least in each prompt"),
+        (("--prompt", ""), "expected some text"),
         (("--prompt", "a", "--temperature", "1", "--beams", "2"), "expected --beams or --temperature"),
         (("--prompt", "a", "--top-k", "3"), "temperature > 0 with top_k"),
         (("--prompt", "a", "--image", "cat.png"), "expected a checkpoint of MiniMax-VL-01"),
@@ -224,6 +229,11 @@ def test_another_checkpoint_is_not_replaced(tmp_path: Path) -> None:
     result = call(train_tiny.main, "--steps", 1, "--out", tmp_path)
     assert result.exit_code == 2 and "config.json says another" in " ".join(result.output.split())
     assert "training" not in result.output
+    for wrong in (("--out", __file__), ("--out", tmp_path / "o", "--json", tmp_path / "none" / "x.json")):
+        result = call(train_tiny.main, "--steps", 1, *wrong)
+        assert result.exit_code == 2 and "Traceback" not in result.output and "training" not in result.output
+    result = call(long_context.main, "--tokens", 9, "--checkpoint", tmp_path / "none")
+    assert result.exit_code == 2 and "expected a directory" in " ".join(result.output.split())
 
 
 def test_own_text(tmp_path: Path) -> None:
