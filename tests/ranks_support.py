@@ -1,0 +1,154 @@
+"""Tests across ranks: a pool of processes joined by gloo, in which functions of the test files run."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import importlib
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+HERE = Path(__file__).parent
+MOST = 5  # ranks of the pool
+PATIENCE = 600  # seconds, for a function on all ranks
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Ranks:
+    """Processes that are ranks of one default group, with a group of the first n of them for each smaller n."""
+
+    def __init__(self, size: int, timeout: float = 300.0) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["ranks_support", "lightning_attn"])
+        port = free_port()
+        self.size, self.pipes, self.processes = size, list[Connection](), list[Any]()
+        for rank in range(size):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, port, timeout, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(mine)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, size: int | None = None) -> list[Any]:
+        """function(group, *args) on each of the first `size` ranks -> what each returned. The function stands at the top of
+        a test file. Raises AssertionError with the traceback of every rank that raised.
+        """
+        n = size or self.size
+        for pipe in self.pipes[:n]:
+            pipe.send((function.__module__, function.__qualname__, n, args))
+        answers = []
+        for rank, pipe in enumerate(self.pipes[:n]):
+            if not pipe.poll(PATIENCE):
+                self.close()
+                raise AssertionError(f"rank {rank} of {n} has not answered for {PATIENCE} s")
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                answers.append((False, f"rank {rank} is gone"))
+        failures = [f"rank {rank}:\n{what}" for rank, (ok, what) in enumerate(answers) if not ok]
+        if failures:
+            self.close()
+            raise AssertionError("\n".join(failures))
+        return [what for _, what in answers]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+        _pool.cache_clear()
+
+
+@functools.cache
+def _pool() -> Ranks:
+    pool = Ranks(MOST)
+    atexit.register(pool.close)
+    return pool
+
+
+def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """function(group, *args) on `size` ranks of a pool that lives as long as this process -> the result of each."""
+    return _pool().run(function, *args, size=size)
+
+
+@contextmanager
+def fresh_ranks(size: int, timeout: float) -> Iterator[Ranks]:
+    """Ranks of their own, for those that are to die; timeout of their group in seconds."""
+    ranks = Ranks(size, timeout)
+    try:
+        yield ranks
+    finally:
+        for process in ranks.processes:
+            process.kill()
+
+
+def _serve(rank: int, size: int, port: int, timeout: float, pipe: Connection) -> None:
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    groups = {n: dist.new_group(list(range(n))) for n in range(1, size)} | {size: dist.group.WORLD}
+    while True:
+        try:
+            module, name, n, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            function = getattr(importlib.import_module(module), name)
+            answer = True, function(groups[n], *args)
+        except BaseException:  # noqa: BLE001 - it is told to the test
+            answer = False, traceback.format_exc()
+        pipe.send(answer)
+
+
+class Received(TorchDispatchMode):
+    """Counts the bytes that this rank receives from others through torch.distributed, by operator, where PyTorch dispatches
+    them: below all of our code. An operator that it does not know is an error.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.bytes: dict[str, int] = {}
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = function._schema.name.partition("::")
+        if namespace == "c10d":
+            self.bytes[name] = self.bytes.get(name, 0) + self._received(name, args)
+        return function(*args, **(kwargs or {}))
+
+    def _received(self, name: str, args: Any) -> int:
+        if name in ("send", "barrier"):
+            return 0
+        if name == "recv_":
+            return sum(x.nbytes for x in args[0])
+        if name == "_allgather_base_":  # (output, input, group)
+            return args[0].nbytes - args[1].nbytes
+        if (
+            name == "alltoall_base_"
+        ):  # (output, input, group, output splits, input splits); what is its own stays
+            output, splits = args[0], args[3]
+            own = splits[self.rank] if splits else output.shape[0] // self.size
+            return output.nbytes - own * (output.nbytes // max(output.shape[0], 1))
+        raise AssertionError(f"bytes of {name} are not counted")
