@@ -9,11 +9,12 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 HERE = Path(__file__).parent
 MOST = 5  # ranks of the pool
 PATIENCE = 600  # seconds, for a function on all ranks
+PATIENCE_AFTER_A_FAILURE = 5
 
 
 def free_port() -> int:
@@ -55,20 +57,25 @@ class Ranks:
         n = size or self.size
         for pipe in self.pipes[:n]:
             pipe.send((function.__module__, function.__qualname__, n, args))
-        answers = []
-        for rank, pipe in enumerate(self.pipes[:n]):
-            if not pipe.poll(PATIENCE):
-                self.close()
-                raise AssertionError(f"rank {rank} of {n} has not answered for {PATIENCE} s")
-            try:
-                answers.append(pipe.recv())
-            except EOFError:
-                answers.append((False, f"rank {rank} is gone"))
-        failures = [f"rank {rank}:\n{what}" for rank, (ok, what) in enumerate(answers) if not ok]
+        answers: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + PATIENCE
+        while len(answers) < n:
+            left = {pipe: rank for rank, pipe in enumerate(self.pipes[:n]) if rank not in answers}
+            ready = wait(list(left), max(deadline - time.monotonic(), 0))
+            if not ready:
+                answers |= {rank: (False, "has not answered") for rank in left.values()}
+            for pipe in ready:
+                try:
+                    answers[left[pipe]] = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    answers[left[pipe]] = False, "is gone"
+                if not answers[left[pipe]][0]:  # the others wait for this one, and need not do so for long
+                    deadline = min(deadline, time.monotonic() + PATIENCE_AFTER_A_FAILURE)
+        failures = [f"rank {rank}:\n{what}" for rank, (ok, what) in sorted(answers.items()) if not ok]
         if failures:
             self.close()
             raise AssertionError("\n".join(failures))
-        return [what for _, what in answers]
+        return [answers[rank][1] for rank in range(n)]
 
     def close(self) -> None:
         for process in self.processes:

@@ -5,6 +5,7 @@ functions named `*_values` read tensors; operators call them, so that they also 
 """
 
 from .attention import attention, attention_values, decode, decode_values, layer
+from .distributed import lasp
 from .common import types
 from .moe import (
     expert_sizes,
@@ -32,6 +33,7 @@ __all__ = [
     "gated_rms_norm",
     "grouped_gemm",
     "grouped_gemm_values",
+    "lasp",
     "layer",
     "load_balancing_loss",
     "moe_mlp",
