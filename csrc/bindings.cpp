@@ -141,6 +141,11 @@ PYBIND11_MODULE(_C, m) {
                   operand(grad_q), operand(grad_k), operand(grad_v), state(grad_initial)});
         });
 
+  m.def("attention_state", [](const py::tuple& s, const py::tuple& k, const py::tuple& v, const py::object& initial,
+                              const py::object& final, bool reverse) {
+    launch(active->attention_state, {shape(s), operand(k), operand(v), state(initial), state(final), reverse});
+  });
+
   m.def("attention_decode",
         [](const py::tuple& s, const py::tuple& q, const py::tuple& k, const py::tuple& v, const py::tuple& o,
            DType state_dtype, const py::object& states, int64_t state_rows, const py::handle& slots) {

@@ -47,6 +47,16 @@ struct AttentionBackward {
   State grad_initial;
 };
 
+// The state alone that a pass over one dense batch leaves: lambda^T initial + scale * the sum of lambda^(T-1-j) k_j v_j^T,
+// or backward in time lambda^T initial + scale * the sum of lambda^(t+1) k_t v_t^T. Tokens whose weight is zero in the
+// accumulate dtype are not read, nor then `initial`.
+struct AttentionState {
+  AttentionShape shape;
+  Operand k, v;
+  State initial, final;  // accumulate dtype; `initial` may be null
+  bool reverse;
+};
+
 // The same recurrence for a few tokens, the state updated in place.
 struct AttentionDecode {
   AttentionShape shape;
@@ -212,6 +222,7 @@ struct Kernels {
   const char* name;
   void (*attention_forward)(const AttentionForward&);
   void (*attention_backward)(const AttentionBackward&);
+  void (*attention_state)(const AttentionState&);
   void (*attention_decode)(const AttentionDecode&);
   void (*gated_rms_norm_forward)(const GatedRMSNorm&);
   void (*gated_rms_norm_backward)(const GatedRMSNorm&);

@@ -31,6 +31,9 @@ def attention_backward(
     grad_v: _Operand,
     grad_initial: _State,
 ) -> None: ...
+def attention_state(
+    shape: tuple, k: _Operand, v: _Operand, initial: _State, final: _State, reverse: bool
+) -> None: ...
 def attention_decode(
     shape: tuple,
     q: _Operand,

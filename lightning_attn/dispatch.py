@@ -30,7 +30,7 @@ class Spec:
     @property
     def function(self) -> str:
         """The public function that `op` belongs to."""
-        name = self.op.removesuffix("_forward").removesuffix("_backward")
+        name = self.op.removesuffix("_forward").removesuffix("_backward").removesuffix("_state")
         if name == "moe_sort":
             return "moe_mlp"
         return f"lightning_{name}" if name.startswith("attention") else name

@@ -29,7 +29,9 @@ UNCOUNTED = ("decay", "cu_seqlens", "slots")
 class Split(Call):
     """In segments of one block, whatever is best."""
 
-    def cut(self, columns: int, state_size: int, bytes_per_token: int, tiles: Tiles) -> Segments:
+    def cut(
+        self, columns: int, state_size: int, bytes_per_token: int, tiles: Tiles, passes: int = 2
+    ) -> Segments:
         return Segments(-(-self.shape[1] // tiles.block), tiles.block)
 
 
@@ -122,6 +124,10 @@ def calls() -> Iterator[tuple[str, list[Launch]]]:
             f"backward, {name}",
             attention.backward(q, k, v, do, dq, dk, dv, initial, dstate, dinitial, call),
         )
+        if cu_seqlens is None:
+            for reverse in (False, True):
+                launches, _ = attention.state_alone(k, v, None, reverse, call)
+                yield f"state, {name}", launches
     for T in (1, 4):
         q, k, v, o = (operand(3, T) for _ in range(4))
         state = torch.randn(3, H, D, D)

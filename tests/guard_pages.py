@@ -83,7 +83,11 @@ class Guards(TorchDispatchMode):
         with self:
             outputs = kernels.attention_forward(*shared, True)
             gradients = kernels.attention_backward(do, dstate, *shared)
-        return [*outputs, *gradients]
+            states = []
+            if cu_seqlens is None:
+                states.append(kernels.attention_state(k, v, decay, x.scale, initial, False))
+                states.append(kernels.attention_state(q, do, decay, x.scale, dstate, True))
+        return [*outputs, *gradients, *states]
 
     def decode(
         self,

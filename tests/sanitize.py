@@ -38,7 +38,7 @@ def finite(*tensors: Tensor) -> None:
 
 
 def attention(dtype: torch.dtype, K: int, V: int, ends: list[int] | None, stateful: bool = True) -> None:
-    """Forward and backward of 2 heads and 101 tokens, dense or packed."""
+    """Forward and backward of 2 heads and 101 tokens, dense or packed; if dense the states alone too."""
     triton = backends.load("triton")
     H, T, N = 2, 101, 1 if ends is None else len(ends) - 1
     q, k = (normal(1, T, H, K, dtype=dtype) for _ in range(2))
@@ -48,6 +48,9 @@ def attention(dtype: torch.dtype, K: int, V: int, ends: list[int] | None, statef
     shared = q, k, v, torch.tensor([0.01, 2.0], device=DEVICE), K**-0.5, initial, cu_seqlens
     o, state = triton.attention_forward(*shared, True)
     gradients = triton.attention_backward(do, dstate, *shared)
+    if ends is None:
+        finite(triton.attention_state(k, v, shared[3], K**-0.5, initial, False))
+        finite(triton.attention_state(q, do, shared[3], K**-0.5, dstate, True))
     if ends is None or ends[-1] == T:
         finite(o, state, *(x for x in gradients if x is not None))
 

@@ -22,6 +22,7 @@ from lightning_attn import (
     gated_rms_norm,
     lightning_attention,
     lightning_attention_decode,
+    ops,
 )
 from lightning_attn.dispatch import BACKENDS as KNOWN
 from lightning_attn.dispatch import Spec, resolve
@@ -29,6 +30,7 @@ from lightning_attn.dispatch import Spec, resolve
 RAW = [
     "attention_forward",
     "attention_backward",
+    "attention_state",
     "attention_decode",
     "gated_rms_norm_forward",
     "gated_rms_norm_backward",
@@ -51,6 +53,11 @@ def train(backend: str, K: int = 16, V: int = 16) -> Tensor:
 def decode(backend: str, K: int = 16, V: int = 16) -> Tensor:
     x = make_inputs(B=2, T=5, H=2, K=K, V=V)
     return lightning_attention_decode(x.q, x.k, x.v, x.decay, x.initial_state.clone(), backend=backend)
+
+
+def state_alone(backend: str, K: int = 16, V: int = 16) -> Tensor:
+    x = make_inputs(B=2, T=5, H=2, K=K, V=V)
+    return ops.attention_state(x.k, x.v, x.decay, 1.0, x.initial_state, False, backend)
 
 
 def norm(backend: str, K: int = 16, V: int = 16) -> Tensor:
@@ -76,9 +83,10 @@ CALLS: dict[Callable[..., Tensor], set[str]] = {
     attend: {"attention_forward"},
     train: {"attention_forward", "attention_backward"},
     decode: {"attention_decode"},
+    state_alone: {"attention_state"},
     norm: {"gated_rms_norm_forward"},
     train_norm: {"gated_rms_norm_forward", "gated_rms_norm_backward"},
-    module: {*RAW} - {"attention_decode"},
+    module: {*RAW} - {"attention_decode", "attention_state"},
 }
 calls = pytest.mark.parametrize("call", CALLS, ids=lambda f: f.__name__)
 Log = list[tuple[str, str]]
@@ -205,7 +213,9 @@ def test_unknown_backend(call: Callable[..., Tensor], log: Log, monkeypatch: pyt
     assert not log
 
 
-@calls
+@pytest.mark.parametrize(
+    "call", [call for call in CALLS if call is not state_alone], ids=lambda f: f.__name__
+)  # of operators the types are PyTorch's to check
 @pytest.mark.parametrize("bad", [None, 0, ["cpu"], torch.device("cpu")], ids=repr)
 def test_backend_of_another_type(call: Callable[..., Tensor], bad: object) -> None:
     with pytest.raises(TypeError, match=f"expected backend to be a str, got {type(bad).__name__}"):

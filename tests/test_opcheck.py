@@ -47,6 +47,7 @@ def test_every_operator_is_checked_here() -> None:
     assert all_raw_ops() == {
         "attention_forward",
         "attention_backward",
+        "attention_state",
         "attention_decode",
         "gated_rms_norm_forward",
         "gated_rms_norm_backward",
@@ -83,6 +84,17 @@ def test_opcheck_attention_backward(backend: str, dtype: torch.dtype, packed: bo
     for dstate in (None, x.dstate):
         args = x.do, dstate, x.q, x.k, x.v, x.decay, x.scale, x.initial_state, x.cu_seqlens
         opcheck(OPS.attention_backward.default, *args, backend)
+
+
+@pytest.mark.op("attention_state")
+@dtypes
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_opcheck_attention_state(backend: str, dtype: torch.dtype, reverse: bool) -> None:
+    """Row 4: with and without an initial state, and of no tokens."""
+    x = make_inputs(B=2, T=7, H=3, K=5, V=4, dtype=dtype).to(device_of(backend))
+    for k, v in ((x.k, x.v), (x.k[:, :0], x.v[:, :0])):
+        for initial in (None, x.initial_state):
+            opcheck(OPS.attention_state.default, k, v, x.decay, x.scale, initial, reverse, backend)
 
 
 @pytest.mark.op("attention_decode")
@@ -131,6 +143,7 @@ def test_opcheck_strided(backend: str, layout: str) -> None:
     opcheck(OPS.attention_forward.default, q, k, v, x.decay, x.scale, initial, None, True, backend)
     args = do, dstate, q, k, v, x.decay, x.scale, initial, None, backend
     opcheck(OPS.attention_backward.default, *args)
+    opcheck(OPS.attention_state.default, k, v, x.decay, x.scale, initial, True, backend)
     opcheck(OPS.attention_decode.default, q, k, v, x.decay, x.initial_state.clone(), None, x.scale, backend)
     weight = torch.ones(5, device=x.q.device)
     opcheck(OPS.gated_rms_norm_forward.default, q, k, weight, 1e-6, backend)

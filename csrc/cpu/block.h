@@ -15,6 +15,14 @@ namespace LIGHTNING_ISA {
 template <class Acc>
 constexpr Acc kSmallest = sizeof(Acc) == 8 ? Acc(2.2250738585072014e-308) : Acc(1.17549435e-38f);  // normal number
 
+// Of the last `tokens` of a sweep, how many have a weight e^{-rate n} in the state that it leaves: elsewhere rounding to Acc
+// gives zero, being less than half of the smallest number.
+template <class Acc>
+int64_t weighing_tokens(double rate, int64_t tokens) {
+  constexpr double kFarthest = sizeof(Acc) == 8 ? 745.14 : 103.98;  // -log of that half
+  return rate * double(tokens) <= kFarthest ? tokens : int64_t(kFarthest / rate) + 1;
+}
+
 // A head's powers of lambda, and the weights that its blocks need.
 //
 // `lag` = 0 sweeps forward in time, as above. The reverse sweep has `lag` = 1, with i and j counted from the block's last

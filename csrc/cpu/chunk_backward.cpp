@@ -115,7 +115,7 @@ void attention_backward(const AttentionBackward& p) {
   dispatch(p.shape.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const ForwardSweep<T> grad_q(
-        p.shape, {p.grad_o, p.v, p.k, p.grad_q, p.shape.value_dim, p.shape.key_dim, p.initial, State{}, true});
+        p.shape, {p.grad_o, p.v, p.k, p.grad_q, p.shape.value_dim, p.shape.key_dim, p.initial, State{}, true, false});
     const ReverseSweep<T> grad_kv(p);
     run_sweeps<Accumulate<T>>({&grad_kv, &grad_q});
   });

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <vector>
 
 namespace lightning {
@@ -37,9 +38,15 @@ Schedule::Schedule(const AttentionShape& shape) {
   size_ = int64_t(segments.size());
   segments_ = new Segment[segments.size()];
   std::copy(segments.begin(), segments.end(), segments_);
+  heads_ = new int64_t[size_t(shape.heads)];
+  std::iota(heads_, heads_ + shape.heads, int64_t(0));
+  std::stable_sort(heads_, heads_ + shape.heads, [&](int64_t a, int64_t b) { return shape.decay[a] < shape.decay[b]; });
 }
 
-Schedule::~Schedule() { delete[] segments_; }
+Schedule::~Schedule() {
+  delete[] segments_;
+  delete[] heads_;
+}
 
 Buffer::Buffer(size_t bytes) : data_(::operator new(bytes, kAlign)) {}
 Buffer::~Buffer() { ::operator delete(data_, kAlign); }

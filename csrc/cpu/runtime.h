@@ -36,9 +36,12 @@ class Schedule {
   const Segment& operator[](int64_t i) const { return segments_[i]; }
   int64_t cut() const { return cut_; }  // segments of sequences that were cut
   int threads() const { return threads_; }
+  // The heads, that of the slowest decay first: where far tokens are left out it takes longest.
+  int64_t head(int64_t i) const { return heads_[i]; }
 
  private:
   Segment* segments_ = nullptr;
+  int64_t* heads_ = nullptr;
   int64_t size_ = 0;
   int64_t cut_ = 0;
   int threads_ = 1;

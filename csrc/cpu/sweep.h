@@ -21,6 +21,7 @@ class Sweep {
                    bool carry) const = 0;
   // The state before the sequence's first token of the sweep; `state` comes zeroed.
   virtual void load_state(int64_t sequence, int64_t head, const Matrix<Acc>& state) const = 0;
+  virtual bool wants_outputs() const { return true; }
   virtual bool wants_final_state() const = 0;
   virtual void store_state(int64_t sequence, int64_t head, const Matrix<Acc>& state) const = 0;
   // Takes the memory of `run` from an arena that only counts.
@@ -43,7 +44,8 @@ class Sweep {
 // Runs all passes over all sequences and heads.
 //
 // A sequence that is cut into segments takes two rounds: in the first each segment leaves its end state E from zero;
-// a scan in closed form, S_in <- lambda^L S_in + E, gives the state that enters each; the second is the pass itself.
+// a scan in closed form, S_in <- lambda^L S_in + E, gives the state that enters each; the second is the pass itself. Where
+// no outputs are wanted the scan goes on through the last segment, and there is no second round.
 template <class Acc, int Passes>
 void run_sweeps(const Sweep<Acc>* const (&sweeps)[Passes]) {
   const AttentionShape& shape = sweeps[0]->shape;
@@ -73,10 +75,10 @@ void run_sweeps(const Sweep<Acc>* const (&sweeps)[Passes]) {
   if (schedule.cut() > 0) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(schedule.threads())
     for (int64_t task = 0; task < Passes * segments * heads; ++task) {
-      const int64_t pass = task / (segments * heads), head = task % heads;
+      const int64_t pass = task / (segments * heads), head = schedule.head(task % heads);
       const Segment& segment = schedule[task / heads % segments];
       const Sweep<Acc>& sweep = *sweeps[pass];
-      if (segment.cut < 0 || sweep.ends(segment)) continue;
+      if (segment.cut < 0 || (sweep.ends(segment) && sweep.wants_outputs())) continue;
       Arena arena(thread_scratch(scratch));
       Matrix<Acc> state = sweep.state_matrix(arena);
       std::memset(state.data, 0, size_t(pass_size[pass]) * sizeof(Acc));
@@ -98,21 +100,23 @@ void run_sweeps(const Sweep<Acc>* const (&sweeps)[Passes]) {
         }
         const Acc factor = Acc(std::exp(-double(shape.decay[head]) * double(segment.length)));
         Acc* end = entering_state(pass, segment, head);
-        const bool last = sweep.ends(segment);
+        const bool go_on = !sweep.ends(segment) || !sweep.wants_outputs();
         for (int64_t x = 0; x < size; ++x) {
           const Acc in = state.data[x];
-          if (!last) state.data[x] = factor * in + end[x];
+          if (go_on) state.data[x] = factor * in + end[x];
           end[x] = in;
         }
+        if (!sweep.wants_outputs() && sweep.ends(segment)) sweep.store_state(segment.sequence, head, state);
       }
     }
   }
 
 #pragma omp parallel for schedule(dynamic, 1) num_threads(schedule.threads())
   for (int64_t task = 0; task < Passes * segments * heads; ++task) {
-    const int64_t pass = task / (segments * heads), head = task % heads;
+    const int64_t pass = task / (segments * heads), head = schedule.head(task % heads);
     const Segment& segment = schedule[task / heads % segments];
     const Sweep<Acc>& sweep = *sweeps[pass];
+    if (segment.cut >= 0 && !sweep.wants_outputs()) continue;
     Arena arena(thread_scratch(scratch));
     Matrix<Acc> state = sweep.state_matrix(arena);
     if (segment.cut >= 0) {
@@ -122,7 +126,7 @@ void run_sweeps(const Sweep<Acc>* const (&sweeps)[Passes]) {
       sweep.load_state(segment.sequence, head, state);
     }
     const bool carry = sweep.ends(segment) && sweep.wants_final_state();
-    sweep.run(segment, head, state, arena, /*outputs=*/true, carry);
+    sweep.run(segment, head, state, arena, sweep.wants_outputs(), carry);
     if (carry) sweep.store_state(segment.sequence, head, state);
   }
 }

@@ -11,6 +11,7 @@ extern const Kernels kernels;
 const Kernels kernels = {LIGHTNING_NAME(LIGHTNING_ISA),
                          attention_forward,
                          attention_backward,
+                         attention_state,
                          attention_decode,
                          gated_rms_norm_forward,
                          gated_rms_norm_backward,

@@ -9,6 +9,7 @@ Outputs are contiguous and alias no input.
     attention_forward(q, k, v, decay, scale, initial_state, cu_seqlens, return_state) -> (o, state or None)
     attention_backward(do, dstate, q, k, v, decay, scale, initial_state, cu_seqlens)
         -> (dq, dk, dv, dinitial_state or None)        # None where there is no initial state
+    attention_state(k, v, decay, scale, initial_state, reverse) -> state       # of one dense batch, no outputs; see below
     attention_decode(q, k, v, decay, state, slots, scale) -> o                 # state is updated in place
     gated_rms_norm_forward(x, gate, weight, eps) -> (y, rstd)
     gated_rms_norm_backward(dy, x, gate, weight, rstd) -> (dx, dgate, dweight)
@@ -24,6 +25,10 @@ Outputs are contiguous and alias no input.
 Shapes and dtypes are those of the public functions; gradients have the dtype of what they belong to; rstd is
 float32 (float64 with float64 inputs), shape x.shape[:-1]. q, k, v, do, x, gate and dy are contiguous in the
 last dimension and free in their other strides, as decode's state is in its first two; the rest is contiguous.
+
+`attention_state` reads k and v once and gives the state after the last token, lambda^T S0 + scale * the sum of
+lambda^(T-1-j) k_j v_j^T, lambda = e^{-decay}; with `reverse` lambda^T S0 + scale * the sum of lambda^(t+1) k_t v_t^T, which of
+q, do and dstate is the gradient of the initial state. Tokens whose weight is zero in the accumulation dtype need not be read.
 
 The mixture of experts. A pair (t, j) is token t with the j-th of its k experts, and has the number p = t * k + j.
 

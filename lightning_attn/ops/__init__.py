@@ -4,7 +4,13 @@ One operator per raw backend function (`backends/__init__.py`). Each checks the 
 on, chooses the backend, brings the tensors into the layout that kernels take, and makes one call.
 """
 
-from .attention import AttentionFunction, attention_backward, attention_decode, attention_forward
+from .attention import (
+    AttentionFunction,
+    attention_backward,
+    attention_decode,
+    attention_forward,
+    attention_state,
+)
 from .moe import (
     GroupedGemmFunction,
     MoeMlpFunction,
@@ -29,6 +35,7 @@ __all__ = [
     "attention_backward",
     "attention_decode",
     "attention_forward",
+    "attention_state",
     "check_values",
     "gated_rms_norm_backward",
     "gated_rms_norm_forward",

@@ -102,6 +102,34 @@ def attention_backward(
     return dq, dk, dv, _no_state(q) if dinitial_state is None else dinitial_state
 
 
+def _attention_state_fake(
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    reverse: bool,
+    backend: str,
+) -> Tensor:
+    return _state(k, v, None)
+
+
+@operator(_attention_state_fake)
+def attention_state(
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    reverse: bool,
+    backend: str,
+) -> Tensor:
+    if check_values(k):
+        validation.attention_values("lightning_attention", decay, None, k.shape[1])
+    kernels = kernels_of(backend, "attention_state", k, accumulation_dtype(k.dtype), v.shape[3])
+    return kernels.attention_state(rows(k), rows(v), dense(decay), scale, dense(initial_state), reverse)
+
+
 def _attention_decode_fake(
     q: Tensor,
     k: Tensor,

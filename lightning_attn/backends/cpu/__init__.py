@@ -26,6 +26,7 @@ __all__ = [
     "attention_backward",
     "attention_decode",
     "attention_forward",
+    "attention_state",
     "gated_rms_norm_backward",
     "gated_rms_norm_forward",
     "grouped_gemm_backward",
@@ -142,6 +143,21 @@ def attention_backward(
         _operand(dq), _operand(dk), _operand(dv), _state(dinitial),
     )  # fmt: skip
     return dq, dk, dv, dinitial
+
+
+def attention_state(
+    k: Tensor, v: Tensor, decay: Tensor, scale: float, initial_state: Tensor | None, reverse: bool
+) -> Tensor:
+    state = _new_state(k, v, None)
+    _C.attention_state(
+        _shape(k, v, decay, scale, None),
+        _operand(k),
+        _operand(v),
+        _state(initial_state),
+        _state(state),
+        reverse,
+    )
+    return state
 
 
 def attention_decode(

@@ -34,6 +34,7 @@ __all__ = [
     "attention_backward",
     "attention_decode",
     "attention_forward",
+    "attention_state",
     "block_form",
     "gated_rms_norm_backward",
     "gated_rms_norm_forward",
@@ -154,6 +155,23 @@ def attention_backward(
         reverse_dv, dstate[n] = _blocks(k_, q_, do_, decay, dstate[n], _BLOCK, lag=1)
         dk[:, t], dv[:, t] = reverse_dk.flip(1), reverse_dv.flip(1)
     return dq, dk, dv, None if initial_state is None else dstate
+
+
+@raw
+def attention_state(
+    k: Tensor, v: Tensor, decay: Tensor, scale: float, initial_state: Tensor | None, reverse: bool
+) -> Tensor:
+    acc = accumulation_dtype(k.dtype)
+    s = decay.to(acc)[:, None, None]
+    state = _state(k, v, initial_state, None)
+    starts = range(0, k.shape[1], _BLOCK)
+    for start in reversed(starts) if reverse else starts:
+        k_, v_ = (x[:, start : start + _BLOCK].to(acc).transpose(1, 2) for x in (k, v))  # [B, H, m, D]
+        m = k_.shape[2]
+        i = torch.arange(m, device=k.device)[:, None]
+        weights = torch.exp(-s * (i + 1 if reverse else m - 1 - i))  # [H, m, 1]
+        state = torch.exp(-s * m) * state + scale * ((k_ * weights).mT @ v_)
+    return state
 
 
 @raw

@@ -35,6 +35,7 @@ __all__ = [
     "attention_backward",
     "attention_decode",
     "attention_forward",
+    "attention_state",
     "gated_rms_norm_backward",
     "gated_rms_norm_forward",
     "grouped_gemm_backward",
@@ -132,6 +133,17 @@ def attention_backward(
     dinitial = None if initial_state is None else _new_state(q, v, call)
     run_all(attention.backward(q, k, v, do, dq, dk, dv, initial_state, dstate, dinitial, call), q.device)
     return dq, dk, dv, dinitial
+
+
+def attention_state(
+    k: Tensor, v: Tensor, decay: Tensor, scale: float, initial_state: Tensor | None, reverse: bool
+) -> Tensor:
+    call = _call(k, decay, scale, None)
+    if not k.shape[1]:
+        return _new_state(k, v, call).zero_() if initial_state is None else initial_state.clone()
+    launches, states = attention.state_alone(k, v, initial_state, reverse, call)
+    run_all(launches, k.device)
+    return states[:, -1].clone()  # not a view, which would keep the others
 
 
 def attention_decode(

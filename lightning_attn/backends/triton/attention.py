@@ -37,12 +37,16 @@ class Call:
         """Of the kernel that `configured` is for, on operands like x."""
         return self.choose(configured, K, V, x.dtype, self.arch, x.device)
 
-    def cut(self, columns: int, state_size: int, bytes_per_token: int, tiles: Tiles) -> Segments:
-        """The segments of each chain (a sequence, or all packed ones) for sweeps of so many programs a head."""
+    def cut(
+        self, columns: int, state_size: int, bytes_per_token: int, tiles: Tiles, passes: int = 2
+    ) -> Segments:
+        """The segments of each chain (a sequence, or all packed ones) for sweeps of so many programs a head, which take
+        so many passes over what is cut.
+        """
         B, T, H = self.shape
         # A segment's state is written, scanned (read and written) and read.
         state_tokens = 4 * 4 * state_size // bytes_per_token
-        documents = 1 if self.cu_seqlens is None else self.sequences
+        documents = 0 if passes == 1 else 1 if self.cu_seqlens is None else self.sequences
         return config.segments(B * H * columns, T, documents, state_tokens, tiles, self.arch)
 
     def pieces(self, cut: Segments) -> int:
@@ -140,6 +144,23 @@ def backward(
     return [*launches, *before, main]
 
 
+def state_alone(
+    k: Tensor, v: Tensor, initial: Tensor | None, reverse: bool, call: Call
+) -> tuple[list[Launch], Tensor]:
+    """The launches that make the state after the sweep of dense k and v, T > 0, and the states [B, segments, H, K, V] whose
+    last it is: the one that enters a segment of no tokens past the end.
+    """
+    K, V = k.shape[3], v.shape[3]
+    tiles = call.tiles(config.chunk_state, K, V, k)
+    cut = call.cut(-(-V // tiles.value), K * V, (K + V) * k.element_size(), tiles, passes=1)
+    states = k.new_empty((k.shape[0], cut.count + 1, *k.shape[2:], V), dtype=torch.float32)
+    launches = _states(
+        k, v, state(initial), states.flatten(0, 1), Segments(cut.count + 1, cut.length), call, float(call.scale),
+        reverse=False, lag=int(reverse), flipped=reverse,
+    )  # fmt: skip
+    return launches[:1] if cut.count == 1 else launches, states  # of one segment there is nothing to scan
+
+
 def _sweep(x: Sweep, call: Call) -> list[Launch]:
     B, T, H = call.shape
     K, V = x.k.shape[3], x.v.shape[3]
@@ -180,11 +201,29 @@ def _entering(
     """The states that enter the segments, and the two launches that make them; none for a chain of one segment."""
     if cut.count == 1:
         return [], None
+    entering = k.new_empty((call.shape[0] * cut.count, *k.shape[2:], v.shape[3]), dtype=torch.float32)
+    scale = float(call.scale) if reverse else None
+    return _states(k, v, initial, entering, cut, call, scale, reverse=reverse, lag=int(reverse)), entering
+
+
+def _states(
+    k: Tensor,
+    v: Tensor,
+    initial: tuple | None,
+    entering: Tensor,
+    cut: Segments,
+    call: Call,
+    scale: float | None,
+    *,
+    reverse: bool,
+    lag: int,
+    flipped: bool = False,
+) -> list[Launch]:
+    """The launches that fill `entering` [B * segments, H, K, V]; `flipped` takes the tokens from the last to the first."""
     B, T, H = call.shape
     K, V = k.shape[3], v.shape[3]
     tiles = call.tiles(config.chunk_state, K, V, k)
     columns = -(-V // tiles.value)
-    entering = k.new_empty((B * cut.count, H, K, V), dtype=torch.float32)
     written = crossing_bytes(entering, cut.count)
     programs = B * (cut.count - 1) * H * columns
     tokens = B * min(T, (cut.count - 1) * cut.length) * H
@@ -192,13 +231,14 @@ def _entering(
         chunk_state_kernel,
         programs,
         {
-            "k": operand(k),
-            "v": operand(v),
+            "k": operand(k, flipped=flipped),
+            "v": operand(v, flipped=flipped),
             "initial": initial,
             "entering": state(entering),
             **call.arguments(cut, programs),
+            "scale": scale,
         },
-        {"K": K, "V": V, **_blocks(tiles), "REVERSE": reverse},
+        {"K": K, "V": V, **_blocks(tiles), "REVERSE": reverse, "LAG": lag},
         tiles,
         bytes=tokens * (K + V) * k.element_size() + _state_bytes(initial) + written,
         again=tokens * K * k.element_size() * (columns - 1),
@@ -216,7 +256,7 @@ def _entering(
         bytes=2 * written,
         flops=B * (cut.count - 1) * H * K * V * 3,
     )
-    return [states, scan], entering
+    return [states, scan]
 
 
 def _blocks(tiles: Tiles) -> dict[str, int]:

@@ -63,6 +63,9 @@ def catalogue(dim: int, dtype: torch.dtype, arch: Arch) -> Iterator[Entry]:
             yield Entry("forward", variant, launch)
         for launch in backward(shape, dim, dtype, arch, states="states" in variant):
             yield Entry("backward", variant, launch)
+    for reverse in (False, True):
+        for launch in state_alone(SPLIT, dim, dtype, arch, reverse=reverse):
+            yield Entry("state", "split, states, reverse" if reverse else "split, states", launch)
     for launch in decoding(2, 1, 64, dim, dtype, arch):
         yield Entry("decode", "T=1", launch)
     for launch in decoding(2, 4, 64, dim, dtype, arch, state=torch.bfloat16, slots=True):
@@ -87,6 +90,12 @@ def backward(shape: Shape, dim: int, dtype: torch.dtype, arch: Arch, *, states: 
     initial, dstate, dinitial = (_state(shape, dim) if states else None for _ in range(3))
     call = _call(shape, arch)
     return attention.backward(q, k, v, do, dq, dk, dv, initial, dstate, dinitial, call)
+
+
+def state_alone(shape: Shape, dim: int, dtype: torch.dtype, arch: Arch, *, reverse: bool) -> list[Launch]:
+    """Of the state alone, from an initial state."""
+    k, v = (_operand(shape, dim, dtype) for _ in range(2))
+    return attention.state_alone(k, v, _state(shape, dim), reverse, _call(shape, arch))[0]
 
 
 def decoding(

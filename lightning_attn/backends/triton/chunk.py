@@ -78,7 +78,7 @@ def sweep(
         p = dot(qb, tl.trans(kb)) * D  # [C, C]
         ob = dot(p.to(vb.dtype), vb, ob)
         tl.store(op, ob.to(vb.dtype), mask=live & in_v)
-        S = carry_on(S, kb, vb, m, s, scale, LAG)
+        S = carry_on(S, kb, vb, m, s, scale * tl.exp(-s) if REVERSE else None)
         qp += advance(q, step)
         kp += advance(k, step)
         vp += advance(v, step)

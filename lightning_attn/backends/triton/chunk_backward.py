@@ -79,7 +79,7 @@ def chunk_backward_kernel(
         dkb = dot(vb, tl.trans(read)) * carried  # [C, K]
         dkb = dot((dot(vb, tl.trans(dob)) * D).to(qb.dtype), qb, dkb)
         tl.store(dkp, dkb.to(kb.dtype), mask=live & in_k)
-        R = carry_on(R, qb, dob, m, s, scale, 1)
+        R = carry_on(R, qb, dob, m, s, scale * tl.exp(-s))
         qp -= advance(q, BLOCK)
         kp -= advance(k, BLOCK)
         vp -= advance(v, BLOCK)

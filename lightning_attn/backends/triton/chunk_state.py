@@ -27,9 +27,11 @@ def chunk_state_kernel(
     initial,  # state [N, H, K, V] before the sweep's first token of each sequence, or None
     entering,  # state [B * segments, H, K, V]; what a segment leaves is written where the next one will look for it
     cu_seqlens,  # [N + 1] int32 or int64, or None
-    scale, programs, tokens, heads, sequences, segments, length,
+    scale,  # of the products, or None
+    programs, tokens, heads, sequences, segments, length,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, REVERSE: tl.constexpr,
+    LAG: tl.constexpr,  # 1: what is added is decayed once more, see `carry_on`
 ):  # fmt: skip
     index = program_index()
     if index >= programs:
@@ -58,7 +60,7 @@ def chunk_state_kernel(
         live = (i < m)[:, None]
         kb = tl.load(kp, mask=live & in_k, other=0.0)  # [C, K]
         vb = tl.load(vp, mask=live & in_v, other=0.0)  # [C, V]
-        S = carry_on(S, kb, vb, m, s, scale, 1 if REVERSE else 0)
+        S = carry_on(S, kb, vb, m, s, scale * tl.exp(-s) if LAG else scale)
         kp += advance(k, step)
         vp += advance(v, step)
 

@@ -50,12 +50,12 @@ def grid(programs: int) -> tuple[int, int]:
     return -(-programs // folds), folds
 
 
-def operand(x: Tensor | None) -> tuple[Tensor, int, int, int] | None:
-    """x [B, T, H, D] as kernels take it."""
+def operand(x: Tensor | None, *, flipped: bool = False) -> tuple[Tensor, int, int, int] | None:
+    """x [B, T, H, D] as kernels take it; or its tokens from the last to the first, of which there is one at least."""
     if x is None:
         return None
     batch, token, head, _ = x.stride()
-    return x, batch, token, head
+    return (x[:, -1:], batch, -token, head) if flipped else (x, batch, token, head)
 
 
 def state(x: Tensor | None, *, transposed: bool = False) -> tuple[Tensor, int, int, int, int] | None:

@@ -65,20 +65,20 @@ def state_tile(x, row, head, i, j):
 
 
 @triton.jit
-def carry_on(S, k, v, n, s, scale, LAG: tl.constexpr):
+def carry_on(S, k, v, n, s, factor):
     """The state after a block of n tokens, k [C, K] and v [C, V], whose rows past n are zero:
 
-    lambda^n S + K^T (V o lambda^(n-1-j)), and with LAG 1, backward in time, lambda^n S + scale lambda K^T (V o lambda^(n-1-j))
+    lambda^n S + factor K^T (V o lambda^(n-1-j)); a factor of None is 1. Backward in time it is scale lambda.
     """
     j = tl.arange(0, k.shape[0])
     added = tl.exp(-s * tl.maximum(n - 1 - j, 0))
     # The product is summed apart, not onto the state: tensor cores cut off what they add at the magnitude of their
     # accumulator, always downwards. Besides, Triton up to 3.7 miscompiles for Blackwell an accumulator that the loop also
     # scales and reads (triton-lang/triton#10993). An fma, as the compiler would merge a sum into the accumulator again.
-    # The lag and the factor come after it: float16 would underflow.
+    # The factor comes after it: float16 would underflow.
     product = dot(tl.trans(k), (v * added[:, None]).to(v.dtype))
-    if LAG == 1:
-        product *= scale * tl.exp(-s)
+    if factor is not None:
+        product *= factor
     kept, loss = decay_parts(s * n)
     return tl.fma(S, tl.zeros_like(S) + kept, tl.fma(S, tl.zeros_like(S) + loss, product))
 

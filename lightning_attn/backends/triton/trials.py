@@ -169,7 +169,9 @@ class _Inputs:
 class _Cut(attention.Call):
     """A call whose sequences are cut in about four, whatever that costs, and at the same tokens whatever the tiles."""
 
-    def cut(self, columns: int, state_size: int, bytes_per_token: int, tiles: Tiles) -> Segments:
+    def cut(
+        self, columns: int, state_size: int, bytes_per_token: int, tiles: Tiles, passes: int = 2
+    ) -> Segments:
         T = self.shape[1]
         length = -(-T // (4 * 128)) * 128  # a multiple of every block
         return Segments(-(-T // length), length)
