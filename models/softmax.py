@@ -39,8 +39,7 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x: Tensor, step: Step, cached: Rows | None = None) -> Tensor:
         """x [B, T, hidden] -> y [B, T, hidden]; `cached`, if any, takes the new keys (turned) and values, [B, T, 2, G, D]."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, step), rotate(k, step)
+        q, k, v = self.project(x, step)
         aligned = step.uniform and (cached is None or cached.level)
         if cached is None:
             positions = _own_positions(step)
@@ -50,6 +49,12 @@ class SoftmaxAttention(nn.Module):
             positions = cached.positions(step.ends)
         o = attend(q, k, v, step, positions, aligned, self.window)  # [B, T, H, D]
         return self.o_proj(o.flatten(2))
+
+
+    def project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, H, D], k and v [B, T, G, D], q and k turned to their positions."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(q, step), rotate(k, step), v
 
 
 def rotate(x: Tensor, step: Step) -> Tensor:

@@ -99,21 +99,23 @@ class LightningAttention(nn.Module):
             TypeError, ValueError: as `lightning_attention_decode`, also if anything requires grad while grad mode is on.
         """
         validation.layer(x, self.hidden_size, (self.num_heads, self.head_dim, self.head_dim))
-        o = lightning_attention_decode(*self._project(x), self.decay, state, slots=slots, backend=backend)
-        return self._output(x, o, backend)
+        o = lightning_attention_decode(*self.project(x), self.decay, state, slots=slots, backend=backend)
+        return self.output(x, o, backend)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v [B, T, H, D] of x [B, T, hidden_size]: what comes before the attention."""
         B, T, _ = x.shape
         q, k, v = F.silu(self.qkv_proj(x)).view(B, T, self.num_heads, 3 * self.head_dim).chunk(3, dim=-1)
         return q, k, v
 
-    def _output(self, x: Tensor, o: Tensor, backend: str) -> Tensor:
+    def output(self, x: Tensor, o: Tensor, backend: str = "auto") -> Tensor:
+        """y [B, T, hidden_size] of x and the attention's o [B, T, H, D]: what comes after it."""
         return self.out_proj(self.norm(o.flatten(2), self.output_gate(x), backend=backend))
 
     def _attend(
         self, x: Tensor, state: Tensor | None, return_state: bool, cu_seqlens: Tensor | None, backend: str
     ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self._project(x)
+        q, k, v = self.project(x)
         result = lightning_attention(
             q,
             k,
@@ -125,7 +127,7 @@ class LightningAttention(nn.Module):
             backend=backend,
         )
         o, state = result if isinstance(result, tuple) else (result, None)
-        return self._output(x, o, backend), state
+        return self.output(x, o, backend), state
 
     def _attend_masked(
         self, x: Tensor, state: Tensor | None, return_state: bool, mask: Tensor, backend: str

@@ -5,8 +5,8 @@ functions named `*_values` read tensors; operators call them, so that they also 
 """
 
 from .attention import attention, attention_values, decode, decode_values, layer
-from .distributed import lasp
 from .common import types
+from .distributed import lasp
 from .moe import (
     expert_sizes,
     finite_expert,
