@@ -76,21 +76,21 @@ def save(
             mode = half.stat().st_mode  # save_file makes its file readable by its owner alone
             save_file({e.name: e.view.contiguous() for e in shard}, half, metadata={"format": "pt"})
             half.chmod(stat.S_IMODE(mode))
-            _flush(half)
+            flush(half)
         for name in names:
             made.append(directory / name)
             os.replace(directory / (name + _HALF), directory / name)
         if not old:
             config: Any = model.config
             _write_json(directory / "config.json", config.to_dict(), made)
-        _flush(directory)  # the shards are there, whatever happens, before the index that names them
+        flush(directory)  # the shards are there, whatever happens, before the index that names them
         _write_json(directory / INDEX, index, made)
     except BaseException:
         if not _is_index(directory / INDEX, index):  # else it was interrupted a moment too late
             for file in made:
                 file.unlink(missing_ok=True)
         raise
-    _flush(directory)
+    flush(directory)
     for name in old:
         if name not in (INDEX, *names):
             (directory / name).unlink(missing_ok=True)
@@ -163,11 +163,11 @@ def _write_json(file: Path, fields: dict, made: list[Path]) -> None:
     half = file.with_name(file.name + _HALF)
     made.append(half)
     half.write_text(json.dumps(fields, indent=2) + "\n")
-    _flush(half)
+    flush(half)
     os.replace(half, file)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """To the disk; a directory's list of names too, where the system has that."""
     if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
         return

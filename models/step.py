@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .context import ContextParallel
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Step:
     bounds: tuple[int, ...]  # cu_seqlens on the host
     starts: tuple[int, ...]  # [B] how many tokens of each row came before
     ends: tuple[int, ...]  # [B] and how many there are after it
+    context: ContextParallel | None = None  # of a sequence that lies on several ranks
 
     @property
     def uniform(self) -> bool:

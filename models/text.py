@@ -7,7 +7,7 @@ The residual is the normed tensor. Seven layers of lightning attention, one of s
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from .cache import Cache
 from .config import LIGHTNING, TextConfig
 from .softmax import SoftmaxAttention
 from .step import Step
+
+if TYPE_CHECKING:
+    from .context import ContextParallel
 
 
 class DecoderLayer(nn.Module):
@@ -54,6 +57,8 @@ class DecoderLayer(nn.Module):
 
     def _attend(self, h: Tensor, step: Step, cache: Cache | None, backend: str) -> Tensor:
         attention = self.self_attn
+        if step.context is not None:
+            return step.context.attend(attention, h, step, self.layer, backend)
         if isinstance(attention, SoftmaxAttention):
             return attention(h, step, None if cache is None else cache.softmax[self.layer])
         if cache is None:
@@ -114,6 +119,7 @@ class TextModel(nn.Module):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
+        context: ContextParallel | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The hidden states after the last norm, and each layer's router logits.
@@ -123,6 +129,7 @@ class TextModel(nn.Module):
             attention_mask: [B, T], nonzero for real tokens, of the new tokens alone; padding may stand anywhere.
             cu_seqlens: [N + 1], with B = 1: offsets of packed documents, which do not see each other.
             cache: what came before; takes the new tokens, without gradients. Excludes cu_seqlens.
+            context: of a packed sequence that lies on several ranks; the inputs are this rank's, B = 1. Excludes the three above.
             backend: as for `lightning_attn.lightning_attention`.
 
         Returns:
@@ -134,14 +141,22 @@ class TextModel(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("TextModel: expected input_ids or inputs_embeds, got both or neither")
         _types(input_ids, inputs_embeds, attention_mask, cu_seqlens, cache, backend)
+        if context is not None and any(x is not None for x in (attention_mask, cu_seqlens, cache)):
+            raise ValueError(
+                "TextModel: expected context without attention_mask, cu_seqlens and cache, got both"
+            )
         with gradients(cache):
             x = inputs_embeds if input_ids is None else self.embed(input_ids)
             assert x is not None
-            x, mask = self._inputs(x, attention_mask, cu_seqlens, cache)
+            packed = cu_seqlens is not None or context is not None
+            x, mask = self._inputs(x, attention_mask, cu_seqlens, cache, packed)
             T = x.shape[1]
             if cache is not None and cache.pending is not None:  # what crop left to be run again
                 x, mask = _prepend(cache.pending, x, mask)
-            step = self._step(x, mask, cu_seqlens, cache)
+            if context is None:
+                step = self._step(x, mask, cu_seqlens, cache)
+            else:
+                step = context.step(self.config, x.shape[1], x.device)
             if step.mask is not None:  # whatever stands in padding, it must not turn into NaN
                 x = x.masked_fill(~step.mask[..., None], 0)
             if cache is not None:
@@ -157,7 +172,7 @@ class TextModel(nn.Module):
             return self.norm(x.to(self.norm.weight.device))[:, x.shape[1] - T :], tuple(router)
 
     def _inputs(
-        self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, cache: Cache | None
+        self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, cache: Cache | None, packed: bool
     ) -> tuple[Tensor, Tensor | None]:
         dtype = self.embed_tokens.weight.dtype
         if x.dim() != 3 or x.shape[2] != self.config.hidden_size:
@@ -171,8 +186,8 @@ class TextModel(nn.Module):
             )
         if cu_seqlens is not None and (cache is not None or mask is not None):
             raise ValueError("TextModel: expected cu_seqlens without cache and attention_mask, got both")
-        if cu_seqlens is not None and len(x) != 1:
-            raise ValueError(f"TextModel: expected B = 1 with cu_seqlens, got {len(x)}")
+        if packed and len(x) != 1:
+            raise ValueError(f"TextModel: expected B = 1 with cu_seqlens or context, got {len(x)}")
         if cache is not None and cache.config != self.config:
             raise ValueError(
                 "TextModel: expected a cache of this model (model.new_cache), got one of another config"

@@ -1,28 +1,32 @@
-"""Trains a byte-level hybrid of a few million parameters on a CPU. `python -m models.train_tiny --help`."""
+"""Trains a byte-level hybrid of a few million parameters on CPUs. `python -m models.train_tiny --help`."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
+import os
 import sysconfig
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from lightning_attn import load_balancing_loss, moe_route
-
 from . import checkpoint
 from .byte_tokenizer import byte_tokenizer
 from .config import LIGHTNING, SOFTMAX, TextConfig
+from .parallel import Sizes, World
+from .resume import Checkpoints
 from .saving import replaced
 from .text import CausalLM
+from .training import Recipe, bits_per_byte, even_windows, start, train
+
 
 CONFIG = TextConfig(
     vocab_size=256,
@@ -44,25 +48,6 @@ CONFIG = TextConfig(
 )
 
 
-@dataclass(frozen=True)
-class Recipe:
-    steps: int = 600
-    batch: int = 8
-    length: int = 256  # bytes
-    peak_rate: float = 4e-3
-    warmup: int = 40
-    weight_decay: float = 0.05
-    balance: float = 0.02  # weight of the experts' load-balancing loss
-    seed: int = 0
-
-    def rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine to a tenth."""
-        if step < self.warmup:
-            return self.peak_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.peak_rate * (0.55 + 0.45 * math.cos(math.pi * done))
-
-
 def read_bytes(path: Path | None) -> tuple[Tensor, Tensor]:
     """(training, held-out) bytes as uint8: of the file, whose last tenth is held out; or without one of the Python
     standard library's sources, every tenth of which is.
@@ -79,69 +64,6 @@ def read_bytes(path: Path | None) -> tuple[Tensor, Tensor]:
         parts = b"".join(t for i, t in enumerate(texts) if i % 10), b"".join(texts[::10])
     train, held_out = (torch.tensor(bytearray(part), dtype=torch.uint8) for part in parts)
     return train, held_out
-
-
-def bits_per_byte(model: CausalLM, windows: Tensor) -> float:
-    """Of windows [N, T + 1] of bytes: the mean over the last T of each of -log2 p."""
-    total = 0.0
-    with torch.no_grad():
-        for batch in windows.split(8):
-            logits = model(batch[:, :-1].long())
-            total += F.cross_entropy(
-                logits.flatten(0, 1), batch[:, 1:].long().flatten(), reduction="sum"
-            ).item()
-    return total / math.log(2) / windows[:, 1:].numel()
-
-
-def loss(model: CausalLM, batch: Tensor, balance: float) -> tuple[Tensor, Tensor]:
-    """(what is minimised, its cross-entropy in nats) of batch [B, T + 1]."""
-    logits, router = model(batch[:, :-1], return_router_logits=True)
-    entropy = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-    k = model.config.num_experts_per_tok
-    uneven = sum(load_balancing_loss(r, moe_route(r.detach(), k)[1]) for r in router)
-    return entropy + balance * uneven, entropy
-
-
-def random_windows(text: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """[batch, length + 1] int64, each from a random place."""
-    starts = torch.randint(len(text) - recipe.length, (recipe.batch,), generator=generator)
-    return torch.stack([text[s : s + recipe.length + 1] for s in starts.tolist()]).long()
-
-
-def even_windows(text: Tensor, length: int, count: int = 128) -> Tensor:
-    """[count, length + 1] uint8, spread evenly; fewer of a short text."""
-    count = min(count, len(text) // (length + 1))
-    starts = torch.linspace(0, len(text) - length - 1, count).long()
-    return torch.stack([text[s : s + length + 1] for s in starts.tolist()])
-
-
-def train(
-    config: TextConfig, recipe: Recipe, text: Tensor, progress: Progress
-) -> tuple[CausalLM, list[float]]:
-    """(model, bits per byte of each step)."""
-    torch.manual_seed(recipe.seed)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    model = CausalLM(config)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.peak_rate, betas=(0.9, 0.95), fused=True)
-    task = progress.add_task("training", total=recipe.steps, bits="")
-    curve: list[float] = []
-    for step in range(recipe.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
-        total, entropy = loss(model, random_windows(text, recipe, generator), recipe.balance)
-        optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        curve.append(entropy.item() / math.log(2))
-        progress.update(task, advance=1, bits=f"{sum(curve[-20:]) / len(curve[-20:]):.3f} bits/byte")
-    return model, curve
 
 
 def plot(curve: list[float], held_out: float, path: Path) -> None:
@@ -172,16 +94,38 @@ def plot(curve: list[float], held_out: float, path: Path) -> None:
 @click.option("--steps", type=click.IntRange(1), default=Recipe.steps, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
+    "--parallel",
+    metavar="cp=N,ep=N,etp=N",
+    help="Train in the processes that torchrun starts: so many ranks for a sequence (cp), the experts (ep), an expert (etp). What "
+    "is left over shares the batch.",
+)
+@click.option(
+    "--checkpoint-every",
+    "every",
+    type=click.IntRange(0),
+    default=0,
+    metavar="STEPS",
+    help="Write training checkpoints under OUT/training, and go on from the last one that is there. They are deleted at the end.",
+)
+@click.option(
     "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curve (PNG)."
 )
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the curve.")
 def main(
-    text: Path | None, out: Path, steps: int, seed: int, plot_path: Path | None, json_path: Path | None
+    text: Path | None,
+    out: Path,
+    steps: int,
+    seed: int,
+    parallel: str | None,
+    every: int,
+    plot_path: Path | None,
+    json_path: Path | None,
 ) -> None:
-    """Trains a byte-level hybrid of lightning and softmax attention with a mixture of experts on a CPU.
+    """Trains a byte-level hybrid of lightning and softmax attention with a mixture of experts on CPUs.
 
     On the Python standard library's sources, or on --text. The checkpoint has the released format:
-    `python -m models.generate --checkpoint tiny --prompt "def "` continues it.
+    `python -m models.generate --checkpoint tiny --prompt "def "` continues it. In four processes, with the same curve:
+    `torchrun --nproc-per-node 4 -m models.train_tiny --parallel cp=2,ep=2`.
     """
     recipe = Recipe(steps=steps, seed=seed)
     training, held_out = read_bytes(text)
@@ -196,35 +140,81 @@ def main(
     for hint, path in (("--json", json_path), ("--plot", plot_path)):
         if path is not None and not path.parent.is_dir():
             raise click.BadParameter(f"expected a directory that exists, got {path.parent}", param_hint=hint)
+    world = _world(parallel)
     parameters = sum(p.numel() for p in shape.parameters())
-    click.echo(
-        f"{parameters:,} parameters, {len(training):,} bytes, {recipe.batch * recipe.length:,} of them a step"
-    )
-    start = time.perf_counter()
+    _say(f"{parameters:,} parameters, {len(training):,} bytes, {recipe.batch * recipe.length:,} of them a step")
+    begin = time.perf_counter()
+    run = start(CONFIG, recipe, world)
+    facts = {
+        "recipe": asdict(recipe),
+        "config": CONFIG.to_dict(),
+        "text": hashlib.sha256(training.numpy().tobytes()).hexdigest(),
+        "ranks": None if world is None else {"world": world.ranks, **asdict(world.sizes)},
+    }
+    checkpoints = Checkpoints(out / "training", every, facts)
+    if every and checkpoints.load(run):
+        _say(f"going on after step {len(run.curve)}")
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     bits = TextColumn("{task.fields[bits]}")
-    with Progress(*columns, bits, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        model, curve = train(CONFIG, recipe, training, progress)
-    seconds = time.perf_counter() - start
-    click.echo("reading the held-out text", err=True)
-    result = bits_per_byte(model.eval(), even_windows(held_out, recipe.length))
-    click.echo(f"{result:.3f} bits per byte on held-out text; trained in {seconds:.0f} s")
-    checkpoint.save(model, out)
-    byte_tokenizer().save(str(out / "tokenizer.json"))
-    click.echo(f"saved in {out}")
-    record = {
-        "recipe": asdict(recipe),
-        "parameters": parameters,
-        "seconds": round(seconds, 1),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "held_out_bits_per_byte": round(result, 4),
-        "bits_per_byte": [round(b, 4) for b in curve],
-    }
-    if json_path is not None:
-        json_path.write_text(json.dumps(record, indent=1) + "\n")
-    if plot_path is not None:
-        plot(curve, result, plot_path)
+    console = Console(stderr=True)
+    with Progress(
+        *columns, bits, TimeRemainingColumn(), console=console, disable=not _is_first()
+    ) as progress:
+        train(run, recipe, training, progress, checkpoints)
+    seconds = time.perf_counter() - begin
+    model = run.side.whole()
+    if _is_first():
+        click.echo("reading the held-out text", err=True)
+        result = bits_per_byte(model.eval(), even_windows(held_out, recipe.length))
+        click.echo(f"{result:.3f} bits per byte on held-out text; trained in {seconds:.0f} s")
+        checkpoint.save(model, out)
+        byte_tokenizer().save(str(out / "tokenizer.json"))
+        if every:
+            checkpoints.clear()
+        click.echo(f"saved in {out}")
+        record: dict[str, Any] = {
+            "recipe": asdict(recipe),
+            "parameters": parameters,
+            "seconds": round(seconds, 1),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "held_out_bits_per_byte": round(result, 4),
+            "bits_per_byte": [round(b, 4) for b in run.curve],
+        }
+        if world is not None:
+            record["ranks"] = facts["ranks"]
+        if json_path is not None:
+            json_path.write_text(json.dumps(record, indent=1) + "\n")
+        if plot_path is not None:
+            plot(run.curve, result, plot_path)
+    if world is not None:
+        dist.destroy_process_group()
+
+
+def _world(parallel: str | None) -> World | None:
+    """The ranks that torchrun has started, joined; None without --parallel."""
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if parallel is None:
+        if launched:
+            raise click.UsageError("torchrun started several processes: say how they are shared out (--parallel)")
+        return None
+    if not dist.is_torchelastic_launched():
+        raise click.UsageError("--parallel wants processes: torchrun --nproc-per-node N -m models.train_tiny ...")
+    try:
+        sizes = Sizes.parse(parallel)
+        dist.init_process_group("gloo")
+        return World(sizes)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--parallel") from None
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _say(text: str) -> None:
+    if _is_first():
+        click.echo(text)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def test_killed_while_saving(tmp_path: Path, step: str, single: bool) -> None:
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("step", ["save_file", "_flush", "_write_json"])
+@pytest.mark.parametrize("step", ["save_file", "flush", "_write_json"])
 def test_failed_saving_leaves_nothing(tmp_path: Path, monkeypatch, step: str, fresh: bool) -> None:
     config = tiny_config(1, **LAYERS)
     if not fresh:

@@ -16,6 +16,7 @@ from models.byte_tokenizer import byte_tokenizer
 from models.chat import BEGIN, END
 from models.console import Stream
 from models.text import CausalLM
+from models.training import start, train
 
 
 def call(main: object, *args: object, stdin: str | None = None) -> Result:
@@ -58,8 +59,9 @@ def test_training_repeats(trained: tuple[Path, dict[str, object], str]) -> None:
     training, _ = train_tiny.read_bytes(None)
     recipe = train_tiny.Recipe(steps=12)
     with train_tiny.Progress(disable=True) as progress:
-        _, again = train_tiny.train(train_tiny.CONFIG, recipe, training, progress)
-    assert [round(b, 4) for b in again] == curve
+        run = start(train_tiny.CONFIG, recipe)
+        train(run, recipe, training, progress)
+    assert [round(b, 4) for b in run.curve] == curve
 
 
 def test_whoever_reads_the_config_reads_the_weights(trained: tuple[Path, dict[str, object], str]) -> None:

@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
 
+# Its name from PyTorch 2.13 on, and the one before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _LONGEST = 160  # characters of a fact as it is told; longer ones are told by their hash
 
 
@@ -125,7 +127,7 @@ class Ranks:
             out[0] = x
             return Pending(self, "an all-gather", out, [])
         with self.failing("an all-gather"):
-            work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=self.group, async_op=True)
+            work = _all_gather(out.view(-1), x.view(-1), group=self.group, async_op=True)
         return Pending(self, "an all-gather", out, [work], keep=x)
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
