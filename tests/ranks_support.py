@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -54,10 +54,26 @@ class Ranks:
         """function(group, *args) on each of the first `size` ranks -> what each returned. The function stands at the top of
         a test file. Raises AssertionError with the traceback of every rank that raised.
         """
+        answers = self.outcomes(function, *args, size=size, patience_after_a_failure=PATIENCE_AFTER_A_FAILURE)
+        failures = [f"rank {rank}:\n{what}" for rank, (ok, what) in enumerate(answers) if not ok]
+        if failures:
+            self.close()
+            raise AssertionError("\n".join(failures))
+        return [what for _, what in answers]
+
+    def outcomes(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        size: int | None = None,
+        patience_after_a_failure: float = PATIENCE,
+        lost: Collection[int] = (),
+    ) -> list[tuple[bool, Any]]:
+        """As `run`, but (True, what it returned) or (False, what happened) of each rank; `lost` ones are not waited for."""
         n = size or self.size
         for pipe in self.pipes[:n]:
             pipe.send((function.__module__, function.__qualname__, n, args))
-        answers: dict[int, tuple[bool, Any]] = {}
+        answers: dict[int, tuple[bool, Any]] = {rank: (False, "is lost") for rank in lost}
         deadline = time.monotonic() + PATIENCE
         while len(answers) < n:
             left = {pipe: rank for rank, pipe in enumerate(self.pipes[:n]) if rank not in answers}
@@ -66,16 +82,13 @@ class Ranks:
                 answers |= {rank: (False, "has not answered") for rank in left.values()}
             for pipe in ready:
                 try:
-                    answers[left[pipe]] = pipe.recv()
+                    answer = pipe.recv()
                 except (EOFError, ConnectionResetError):
-                    answers[left[pipe]] = False, "is gone"
-                if not answers[left[pipe]][0]:  # the others wait for this one, and need not do so for long
-                    deadline = min(deadline, time.monotonic() + PATIENCE_AFTER_A_FAILURE)
-        failures = [f"rank {rank}:\n{what}" for rank, (ok, what) in sorted(answers.items()) if not ok]
-        if failures:
-            self.close()
-            raise AssertionError("\n".join(failures))
-        return [answers[rank][1] for rank in range(n)]
+                    answer = False, "is gone"
+                answers[left[pipe]] = answer
+                if not answer[0]:  # the others wait for this one, and need not do so for long
+                    deadline = min(deadline, time.monotonic() + patience_after_a_failure)
+        return [answers[rank] for rank in range(n)]
 
     def close(self) -> None:
         for process in self.processes:
