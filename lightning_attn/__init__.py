@@ -1,5 +1,8 @@
 """Lightning attention, linear attention with a fixed exponential decay per head, and the mixture of experts beside it."""
 
+import importlib
+from types import ModuleType
+
 from . import decay
 from .backends import available_backends
 from .functional import gated_rms_norm, lightning_attention, lightning_attention_decode
@@ -31,3 +34,10 @@ __all__ = [
     "quantize_experts",
     "router_z_loss",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`lightning_attn.distributed` is imported when it is first asked for."""
+    if name == "distributed":
+        return importlib.import_module(f"{__name__}.distributed")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

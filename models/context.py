@@ -74,7 +74,12 @@ class ContextParallel:
         return Step(position[None], cos, sin, None, None, None, (), (0,), (tokens,), self)
 
     def attend(
-        self, attention: LightningAttention | SoftmaxAttention, h: Tensor, step: Step, layer: int, backend: str
+        self,
+        attention: LightningAttention | SoftmaxAttention,
+        h: Tensor,
+        step: Step,
+        layer: int,
+        backend: str,
     ) -> Tensor:
         """h [1, L, hidden], this rank's tokens -> y [1, L, hidden]."""
         if isinstance(attention, LightningAttention):

@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import cast
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from lightning_attn import SparseMoE
 from lightning_attn.distributed import ExpertParallel
 
 from .text import CausalLM, DecoderLayer
@@ -50,7 +52,7 @@ class World:
     Raises ValueError for sizes that do not divide the number of ranks.
     """
 
-    def __init__(self, sizes: Sizes = Sizes(), device_type: str = "cpu") -> None:  # noqa: B008 - frozen
+    def __init__(self, sizes: Sizes, device_type: str = "cpu") -> None:
         ranks = dist.get_world_size()
         for names, size in (("cp", sizes.cp), ("ep x etp", sizes.ep * sizes.etp)):
             if ranks % size:
@@ -63,6 +65,10 @@ class World:
         )
         self.replica = self.rank // sizes.cp
         self.cp = tokens.get_group("cp")
+        # Groups of a mesh have PyTorch's timeout, half an hour and more, whatever the default group was made with.
+        timeout = dist.group.WORLD._get_backend(torch.device(device_type)).options._timeout
+        for group in (*tokens.get_all_groups(), *self.experts.get_all_groups()):
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def parallelize(model: CausalLM, world: World, *, groups: int = 1) -> CausalLM:
@@ -70,7 +76,10 @@ def parallelize(model: CausalLM, world: World, *, groups: int = 1) -> CausalLM:
     with `context` then (`ContextParallel`), or `models.sharded.prefill`. Collective over the world. Returns the model.
     """
     for layer in cast("list[DecoderLayer]", model.model.layers):
-        layer.block_sparse_moe = ExpertParallel(layer.block_sparse_moe, world.experts, groups=groups)
+        dense = layer.block_sparse_moe
+        if not isinstance(dense, SparseMoE):
+            raise TypeError(f"parallelize: expected a dense model, got experts in {type(dense).__name__}")
+        layer.block_sparse_moe = ExpertParallel(dense, world.experts, groups=groups)
     return model
 
 

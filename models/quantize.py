@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_attn import quantize_experts
+from lightning_attn import SparseMoE, quantize_experts
 
 from .text import DecoderLayer
 
@@ -100,6 +100,8 @@ def quantize(model: Model) -> Model:
     for layer in model.modules():
         if not isinstance(layer, DecoderLayer):
             continue
+        if not isinstance(layer.block_sparse_moe, SparseMoE):
+            raise TypeError("quantize: expected a dense model, got parallel experts: quantise it before")
         layer.block_sparse_moe.quantize()
         for name, child in list(layer.self_attn.named_children()):
             if isinstance(child, nn.Linear):

@@ -34,7 +34,9 @@ class ShardedCache:
         self.config, self.cu_seqlens, self.chunks, self.group = config, cu_seqlens, list(chunks), group
         self.fed = 0  # chunks
         self.states: dict[int, Tensor] = {}  # by layer, [N, H, D, D]; zero where another rank has it
-        self.carried: dict[int, Tensor] = {}  # by layer, [H, D, D] on every rank: of the document that goes on
+        self.carried: dict[
+            int, Tensor
+        ] = {}  # by layer, [H, D, D] on every rank: of the document that goes on
         self.rows: dict[int, Tensor] = {}  # by layer, [tokens of this rank, 2, G, D]: keys and values
 
     def layout(self, chunks: int) -> list[list[tuple[int, int]]]:

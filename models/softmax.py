@@ -50,7 +50,6 @@ class SoftmaxAttention(nn.Module):
         o = attend(q, k, v, step, positions, aligned, self.window)  # [B, T, H, D]
         return self.o_proj(o.flatten(2))
 
-
     def project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, D], k and v [B, T, G, D], q and k turned to their positions."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))

@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_attn import LightningAttention, SparseMoE, available_backends
+from lightning_attn import LightningAttention, SparseMoE
 
 from . import step as steps
 from .cache import Cache
 from .config import LIGHTNING, TextConfig
+from .inputs import check_shapes, check_types
 from .softmax import SoftmaxAttention
 from .step import Step
 
 if TYPE_CHECKING:
+    from lightning_attn.distributed import ExpertParallel
+
     from .context import ContextParallel
 
 
@@ -43,7 +46,7 @@ class DecoderLayer(nn.Module):
         else:
             self.self_attn = SoftmaxAttention(config, **factory)
         self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps, **factory)
-        self.block_sparse_moe = SparseMoE(
+        self.block_sparse_moe: SparseMoE | ExpertParallel = SparseMoE(
             hidden, config.intermediate_size, config.num_local_experts, config.num_experts_per_tok, **factory
         )
 
@@ -138,19 +141,13 @@ class TextModel(nn.Module):
         Raises:
             TypeError, ValueError: arguments that contradict each other, of wrong shapes, or ids outside the vocabulary.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("TextModel: expected input_ids or inputs_embeds, got both or neither")
-        _types(input_ids, inputs_embeds, attention_mask, cu_seqlens, cache, backend)
-        if context is not None and any(x is not None for x in (attention_mask, cu_seqlens, cache)):
-            raise ValueError(
-                "TextModel: expected context without attention_mask, cu_seqlens and cache, got both"
-            )
+        check_types(input_ids, inputs_embeds, attention_mask, cu_seqlens, cache, context, backend)
         with gradients(cache):
             x = inputs_embeds if input_ids is None else self.embed(input_ids)
             assert x is not None
-            packed = cu_seqlens is not None or context is not None
-            x, mask = self._inputs(x, attention_mask, cu_seqlens, cache, packed)
-            T = x.shape[1]
+            dtype, packed = self.embed_tokens.weight.dtype, cu_seqlens is not None or context is not None
+            check_shapes(x, attention_mask, cu_seqlens, cache, self.config, dtype, packed)
+            x, mask, T = x.to(self.embed_tokens.weight.device), attention_mask, x.shape[1]
             if cache is not None and cache.pending is not None:  # what crop left to be run again
                 x, mask = _prepend(cache.pending, x, mask)
             if context is None:
@@ -170,31 +167,6 @@ class TextModel(nn.Module):
             if cache is not None:
                 cache.end(step)
             return self.norm(x.to(self.norm.weight.device))[:, x.shape[1] - T :], tuple(router)
-
-    def _inputs(
-        self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, cache: Cache | None, packed: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        dtype = self.embed_tokens.weight.dtype
-        if x.dim() != 3 or x.shape[2] != self.config.hidden_size:
-            expected = f"[B, T, {self.config.hidden_size}]"
-            raise ValueError(f"TextModel: expected inputs_embeds {expected}, got {list(x.shape)}")
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"TextModel: expected inputs_embeds of dtype {dtype}, got {x.dtype}")
-        if mask is not None and mask.shape != x.shape[:2]:
-            raise ValueError(
-                f"TextModel: expected attention_mask of the new tokens, {list(x.shape[:2])}, got {list(mask.shape)}"
-            )
-        if cu_seqlens is not None and (cache is not None or mask is not None):
-            raise ValueError("TextModel: expected cu_seqlens without cache and attention_mask, got both")
-        if packed and len(x) != 1:
-            raise ValueError(f"TextModel: expected B = 1 with cu_seqlens or context, got {len(x)}")
-        if cache is not None and cache.config != self.config:
-            raise ValueError(
-                "TextModel: expected a cache of this model (model.new_cache), got one of another config"
-            )
-        if cache is not None and cache.batch_size != len(x):
-            raise ValueError(f"TextModel: expected a cache of {len(x)} rows, got {cache.batch_size}")
-        return x.to(self.embed_tokens.weight.device), mask
 
     def _step(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, cache: Cache | None) -> Step:
         starts = None if cache is None else tuple(cache.stored)
@@ -244,29 +216,6 @@ class CausalLM(Head):
         with gradients(inputs.get("cache")):
             logits = self.lm_head(hidden.to(self.lm_head.weight.device))
         return (logits, router) if return_router_logits else logits
-
-
-def _types(
-    input_ids: Any, inputs_embeds: Any, attention_mask: Any, cu_seqlens: Any, cache: Any, backend: Any
-) -> None:
-    """Before anything is taken for granted, or a cache is touched."""
-    tensors = {
-        "input_ids": input_ids,
-        "inputs_embeds": inputs_embeds,
-        "attention_mask": attention_mask,
-        "cu_seqlens": cu_seqlens,
-    }
-    for name, value in tensors.items():
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"TextModel: expected {name} to be a torch.Tensor, got {type(value).__name__}")
-    if cache is not None and not isinstance(cache, Cache):
-        raise TypeError(
-            f"TextModel: expected cache to be a Cache (model.new_cache), got {type(cache).__name__}"
-        )
-    if backend != "auto" and available_backends().get(backend) != "ok":
-        raise ValueError(
-            f"TextModel: expected a backend that can run, got {backend!r}: {available_backends()}"
-        )
 
 
 def gradients(cache: Cache | None) -> torch.set_grad_enabled:

@@ -27,7 +27,6 @@ from .saving import replaced
 from .text import CausalLM
 from .training import Recipe, bits_per_byte, even_windows, start, train
 
-
 CONFIG = TextConfig(
     vocab_size=256,
     hidden_size=128,
@@ -142,7 +141,9 @@ def main(
             raise click.BadParameter(f"expected a directory that exists, got {path.parent}", param_hint=hint)
     world = _world(parallel)
     parameters = sum(p.numel() for p in shape.parameters())
-    _say(f"{parameters:,} parameters, {len(training):,} bytes, {recipe.batch * recipe.length:,} of them a step")
+    _say(
+        f"{parameters:,} parameters, {len(training):,} bytes, {recipe.batch * recipe.length:,} of them a step"
+    )
     begin = time.perf_counter()
     run = start(CONFIG, recipe, world)
     facts = {
@@ -196,10 +197,14 @@ def _world(parallel: str | None) -> World | None:
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if parallel is None:
         if launched:
-            raise click.UsageError("torchrun started several processes: say how they are shared out (--parallel)")
+            raise click.UsageError(
+                "torchrun started several processes: say how they are shared out (--parallel)"
+            )
         return None
     if not dist.is_torchelastic_launched():
-        raise click.UsageError("--parallel wants processes: torchrun --nproc-per-node N -m models.train_tiny ...")
+        raise click.UsageError(
+            "--parallel wants processes: torchrun --nproc-per-node N -m models.train_tiny ..."
+        )
     try:
         sizes = Sizes.parse(parallel)
         dist.init_process_group("gloo")

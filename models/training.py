@@ -203,7 +203,9 @@ def step(run: Run, recipe: Recipe, text: Tensor) -> None:
     run.curve.append(entropy.item() / math.log(2))
 
 
-def train(run: Run, recipe: Recipe, text: Tensor, progress: Progress, after: Callable[[Run], None] | None = None) -> None:
+def train(
+    run: Run, recipe: Recipe, text: Tensor, progress: Progress, after: Callable[[Run], None] | None = None
+) -> None:
     """The steps that are left, with `after` called after each."""
     task = progress.add_task("training", total=recipe.steps, completed=len(run.curve), bits="")
     while len(run.curve) < recipe.steps:

@@ -39,6 +39,7 @@ class Ranks:
     def __init__(self, function: str, group: ProcessGroup) -> None:
         self.function, self.group = function, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.call = 0  # which agreement of the group this is; a backward tells that of its forward, lest two be confused
 
     # ---- agreement -------------------------------------------------------------------------------------------------
 

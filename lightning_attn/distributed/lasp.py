@@ -185,7 +185,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     plan, fragments = task.plan, task.plan.fragments
     ranks = Ranks("lasp backward", task.ranks.group)
-    ranks.agree({"dtype": q.dtype}, q.device)
+    ranks.agree({"forward": task.ranks.call}, q.device)
     like = q.new_empty(0, dtype=accumulation_dtype(q.dtype))
     size = q.shape[2], q.shape[3], v.shape[3]
     if plan.entering:

@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 
+Terms = tuple[tuple[int, int], ...]  # (rank, distance)
+
+
 @dataclass(frozen=True)
 class Fragment:
     """The tokens [begin, end) of the shard that belong to one document, with whether it starts and ends here."""
@@ -40,8 +43,8 @@ class Shard:
     """
 
     fragments: tuple[Fragment, ...]
-    entering: tuple[tuple[int, int], ...]
-    leaving: tuple[tuple[int, int], ...]
+    entering: Terms
+    leaving: Terms
 
     @property
     def offsets(self) -> list[int]:
@@ -72,13 +75,14 @@ def shard(cu_seqlens: tuple[int, ...], cuts: tuple[int, ...], rank: int) -> Shar
             fragments.append(
                 Fragment(n, max(s, begin) - begin, min(e, end) - begin, starts=s >= begin, ends=e <= end)
             )
-    entering = leaving = ()
-    if begin < end and (n := _crossing(cu_seqlens, begin)) is not None:
-        held = _holders(cu_seqlens[n], begin, cuts)
-        entering = tuple((j, begin - cuts[j + 1]) for j in held)
-    if begin < end and (n := _crossing(cu_seqlens, end)) is not None:
-        held = _holders(end, cu_seqlens[n + 1], cuts)
-        leaving = tuple((j, cuts[j] - end) for j in held)
+    entering: Terms = ()
+    leaving: Terms = ()
+    if begin < end and (left := _crossing(cu_seqlens, begin)) is not None:
+        before = _holders(cu_seqlens[left], begin, cuts)
+        entering = tuple((j, begin - cuts[j + 1]) for j in before)
+    if begin < end and (right := _crossing(cu_seqlens, end)) is not None:
+        after = _holders(end, cu_seqlens[right + 1], cuts)
+        leaving = tuple((j, cuts[j] - end) for j in after)
     return Shard(tuple(fragments), entering, leaving)
 
 

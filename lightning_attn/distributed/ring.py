@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,8 @@ from ..ops.once import once_differentiable
 from ..validation import ring as validation
 from . import ring_plan
 from .comm import Ranks, call
-from .ring_plan import Layout, Plan, Ranges, length, offset, within
+from .ring_exchange import pieces, returns
+from .ring_plan import Layout, Plan, Ranges, length, offset
 from .softmax import accumulation_dtype, attend, attend_backward
 
 
@@ -175,7 +175,7 @@ class _RingAttention(torch.autograd.Function):
         job = ctx.job
         q, k, v, o, lse = ctx.saved_tensors
         with call(f"{job.ranks.function} backward", job.ranks.group) as ranks:
-            ranks.agree(job.facts, q.device)
+            ranks.agree({**job.facts, "forward": job.ranks.call}, q.device)
         grads = _backward(
             _Job(ranks, job.plan, job.scale, job.method, job.facts),
             do[0].contiguous(), q[0], k[0], v[0], o[0], lse,
@@ -189,7 +189,7 @@ def _forward(job: _Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     dtype = accumulation_dtype(q.dtype)
     o = q.new_zeros(*q.shape[:2], v.shape[2], dtype=dtype)
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=dtype)
-    for piece in _pieces(job, k, v):
+    for piece in pieces(job.method, job.ranks, job.plan, k, v):
         for block, queries, keys in _blocks(job, piece.owner, piece.rows):
             attend(
                 o[queries], lse[queries], q[queries], piece.k[keys], piece.v[keys],
@@ -206,9 +206,9 @@ def _backward(
     dtype = accumulation_dtype(q.dtype)
     dq = q.new_zeros(q.shape, dtype=dtype)
     like = (x.new_empty(0, *x.shape[1:], dtype=dtype) for x in (k, v))
-    returns = (_RingReturns if job.method == "ring" else _ExchangedReturns)(job.ranks, job.plan, *like)
-    for step, piece in enumerate(_pieces(job, k, v)):
-        made = returns.begin(step, piece.owner)
+    home = returns(job.method, job.ranks, job.plan, *like)
+    for step, piece in enumerate(pieces(job.method, job.ranks, job.plan, k, v)):
+        made = home.begin(step, piece.owner)
         for block, queries, keys in _blocks(job, piece.owner, piece.rows):
             at = offset(made.rows, block.k)
             there = slice(at, at + keys.stop - keys.start)
@@ -216,8 +216,8 @@ def _backward(
                 dq[queries], made.k[there], made.v[there], do[queries], q[queries], piece.k[keys], piece.v[keys],
                 o[queries], lse[queries], block.causal, job.scale, block.times,
             )  # fmt: skip
-        returns.end()
-    own = returns.finish()
+        home.end()
+    own = home.finish()
     return dq, own.k, own.v
 
 
@@ -226,164 +226,3 @@ def _blocks(job: _Job, owner: int, rows: Ranges) -> Iterator[tuple[ring_plan.Blo
     for block in job.plan.blocks(job.ranks.rank, owner):
         at = offset(rows, block.k)
         yield block, slice(block.q, block.q + block.times * block.n), slice(at, at + block.times * block.m)
-
-
-# ---- keys and values on their way, and their gradients back --------------------------------------------------------
-
-
-class _Rows:
-    """Rows of keys and values of one rank, k [rows, G, D] and v [rows, G, D_v], in one message."""
-
-    def __init__(self, rows: Ranges, message: Tensor, like_k: Tensor, like_v: Tensor) -> None:
-        self.rows, self.message, count = rows, message, length(rows)
-        k, v = message.split([count * math.prod(like_k.shape[1:]), count * math.prod(like_v.shape[1:])])
-        self.k, self.v = k.view(count, *like_k.shape[1:]), v.view(count, *like_v.shape[1:])
-
-    @staticmethod
-    def empty(rows: Ranges, k: Tensor, v: Tensor) -> _Rows:
-        return _Rows(rows, k.new_empty(length(rows) * _width(k, v)), k, v)
-
-    @staticmethod
-    def zeros(rows: Ranges, k: Tensor, v: Tensor) -> _Rows:
-        return _Rows(rows, k.new_zeros(length(rows) * _width(k, v)), k, v)
-
-    def add(self, other: _Rows) -> None:
-        """Where `other`, a part of these rows, belongs."""
-        start = 0
-        for begin, end in within(self.rows, other.rows):
-            self.k[begin:end] += other.k[start : start + end - begin]
-            self.v[begin:end] += other.v[start : start + end - begin]
-            start += end - begin
-
-
-def _width(k: Tensor, v: Tensor) -> int:
-    return math.prod(k.shape[1:]) + math.prod(v.shape[1:])
-
-
-def _packed(rows: Ranges, k: Tensor, v: Tensor) -> Tensor:
-    """The message of these rows."""
-    parts = [x[begin:end].flatten() for x in (k, v) for begin, end in rows]
-    return torch.cat(parts) if parts else k.new_empty(0)
-
-
-class _Piece(NamedTuple):
-    """Keys and values of one rank, those of its rows that are here."""
-
-    owner: int
-    rows: Ranges
-    k: Tensor
-    v: Tensor
-
-
-def _pieces(job: _Job, k: Tensor, v: Tensor) -> Iterator[_Piece]:
-    """First this rank's own, then what comes from the others, on its way while the caller is at work on the one before."""
-    own = _Piece(job.ranks.rank, job.plan.held[job.ranks.rank], k, v)
-    return (_ring if job.method == "ring" else _exchanged)(job.ranks, job.plan, own)
-
-
-def _ring(ranks: Ranks, plan: Plan, own: _Piece) -> Iterator[_Piece]:
-    piece, before, behind = own, (ranks.rank - 1) % ranks.size, (ranks.rank + 1) % ranks.size
-    for step in range(1, plan.steps + 2):
-        onward = within(piece.rows, plan.travels(piece.owner, step))
-        owner = (piece.owner - 1) % ranks.size
-        coming = _Rows.empty(plan.travels(owner, step), own.k, own.v)
-        pending = ranks.pass_on([(behind, _packed(onward, piece.k, piece.v))], [(before, coming.message)])
-        yield piece
-        pending.wait()
-        piece = _Piece(owner, coming.rows, coming.k, coming.v)
-
-
-def _exchanged(ranks: Ranks, plan: Plan, own: _Piece) -> Iterator[_Piece]:
-    if not plan.steps:  # on every rank
-        yield own
-        return
-    needs = [() if j == ranks.rank else plan.needs[j][ranks.rank] for j in range(ranks.size)]
-    needed = [() if r == ranks.rank else plan.needs[ranks.rank][r] for r in range(ranks.size)]
-    send, receive = ([length(rows) * _width(own.k, own.v) for rows in them] for them in (needed, needs))
-    pending = ranks.all_to_all(torch.cat([_packed(rows, own.k, own.v) for rows in needed]), send, receive)
-    yield own
-    came = pending.wait().split(receive)
-    for owner in _others(ranks):
-        there = _Rows(needs[owner], came[owner], own.k, own.v)
-        yield _Piece(owner, there.rows, there.k, there.v)
-
-
-def _others(ranks: Ranks) -> list[int]:
-    """The owners in the order of the ring."""
-    return [(ranks.rank - h) % ranks.size for h in range(1, ranks.size)]
-
-
-class _RingReturns:
-    """Gradients follow the keys and values one step behind, each rank adding its own, and go home from the last.
-
-    At step s this rank is at work for the owner rank - s, and what it made at step s - 1 is on its way.
-    """
-
-    def __init__(self, ranks: Ranks, plan: Plan, k: Tensor, v: Tensor) -> None:
-        self.ranks, self.plan, self.like = ranks, plan, (k, v)
-        self.own = self.made = _Rows.zeros(plan.held[ranks.rank], k, v)
-        self.home: _Rows | None = None
-
-    def begin(self, step: int, owner: int) -> _Rows:
-        """Where the gradients of this step are added up."""
-        self._exchange(step)
-        if step > 0:
-            rows = self.plan.carried(owner, step) if step <= self.plan.hops[owner] else ()
-            self.made = _Rows.zeros(rows, *self.like)
-        return self.made
-
-    def end(self) -> None:
-        self.pending.wait()
-        self.made.add(self.arrived)
-
-    def finish(self) -> _Rows:
-        self._exchange(self.plan.steps + 1)
-        self.pending.wait()
-        if self.home is not None:
-            self.own.add(self.home)
-        return self.own
-
-    def _exchange(self, step: int) -> None:
-        rank, size, hops = self.ranks.rank, self.ranks.size, self.plan.hops
-        send, receive = [], []
-        last, owner = (rank - step + 1) % size, (rank - step) % size
-        if 1 <= step - 1 <= hops[last]:
-            send.append(((rank + 1) % size if step <= hops[last] else last, self.made.message))
-        follows = 2 <= step <= hops[owner]
-        self.arrived = _Rows.empty(self.plan.carried(owner, step - 1) if follows else (), *self.like)
-        receive.append(((rank - 1) % size, self.arrived.message))
-        if hops[rank] and step == hops[rank] + 1:
-            self.home = _Rows.empty(self.plan.carried(rank, hops[rank]), *self.like)
-            receive.append(((rank + hops[rank]) % size, self.home.message))
-        self.pending = self.ranks.pass_on(send, receive)
-
-
-class _ExchangedReturns:
-    """Gradients go home in one exchange at the end and are added by the owner, in the order of the ranks."""
-
-    def __init__(self, ranks: Ranks, plan: Plan, k: Tensor, v: Tensor) -> None:
-        self.ranks, self.plan, self.like = ranks, plan, (k, v)
-        self.made: dict[int, _Rows] = {}
-
-    def begin(self, step: int, owner: int) -> _Rows:
-        rank = self.ranks.rank
-        rows = self.plan.held[rank] if owner == rank else self.plan.needs[owner][rank]
-        self.made[owner] = _Rows.zeros(rows, *self.like)
-        return self.made[owner]
-
-    def end(self) -> None:
-        pass
-
-    def finish(self) -> _Rows:
-        own = self.made.pop(self.ranks.rank)
-        if not self.plan.steps:
-            return own
-        made = [self.made[j].message if j in self.made else own.message[:0] for j in range(self.ranks.size)]
-        needed = [
-            () if r == self.ranks.rank else rows for r, rows in enumerate(self.plan.needs[self.ranks.rank])
-        ]
-        receive = [length(rows) * _width(*self.like) for rows in needed]
-        came = self.ranks.all_to_all(torch.cat(made), [len(x) for x in made], receive).wait().split(receive)
-        for rows, message in zip(needed, came, strict=True):
-            own.add(_Rows(rows, message, *self.like))
-        return own
