@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_attn.distributed import even_cuts
+from lightning_attn.distributed import all_reduce, even_cuts
 
 from .cache import Cache
 from .config import TextConfig
 from .context import ContextParallel
+from .parallel import experts_of
 from .text import CausalLM
 
 
@@ -67,8 +68,7 @@ class ShardedCache:
             if self.cu_seqlens[n + 1] <= context.cuts[-1]:
                 self.states[layer][n] = state
             else:
-                self.carried[layer] = state.clone()
-                dist.all_reduce(self.carried[layer], group=self.group)
+                self.carried[layer] = all_reduce(state, self.group)
 
     def keys_and_values(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Takes those of this rank's tokens of the chunk, [1, L, G, D] -> all so far, [1, M, G, D]."""
@@ -85,14 +85,13 @@ class ShardedCache:
         lengths = [end - begin for begin, end in pairwise(self.cu_seqlens)]
         cache.stored = lengths
         for layer, states in self.states.items():
-            cache.states[layer] = states.clone()
-            dist.all_reduce(cache.states[layer], group=self.group)
+            cache.states[layer] = all_reduce(states, self.group)
         mine = self.layout(self.fed)[dist.get_rank(self.group)]
         for layer, rows in self.rows.items():
             whole = rows.new_zeros(self.cu_seqlens[-1], *rows.shape[1:])
             place = torch.cat([torch.arange(*pair) for pair in mine] or [torch.empty(0, dtype=torch.int64)])
             whole[place.to(rows.device)] = rows
-            dist.all_reduce(whole, group=self.group)
+            whole = all_reduce(whole, self.group)
             buffer = rows.new_zeros(N, max(lengths, default=0), *rows.shape[1:])
             for row, (begin, end) in zip(buffer, pairwise(self.cu_seqlens), strict=True):
                 row[: end - begin] = whole[begin:end]
@@ -132,7 +131,8 @@ def prefill(
     ids = torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.int64)[None]
     T, R = cu_seqlens[-1], dist.get_world_size(group)
     most = torch.tensor(-(-T // chunk), device=model.lm_head.weight.device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)  # of the whole world: of those that the experts are shared with
+    shared = any(True for _ in experts_of(model))  # with the whole world
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=None if shared else group)
     bounds = [(min(i * chunk, T), min((i + 1) * chunk, T)) for i in range(int(most))]
     chunks = [tuple(begin + cut for cut in even_cuts(end - begin, R)) for begin, end in bounds]
     cache = ShardedCache(model.config, cu_seqlens, chunks, group)
@@ -145,5 +145,4 @@ def prefill(
         for n, last in enumerate(cu_seqlens[1:]):
             if begin < last <= end:
                 hidden[n] = out[0, last - 1 - begin]
-    dist.all_reduce(hidden, group=group)
-    return model.lm_head(hidden), cache
+    return model.lm_head(all_reduce(hidden, group)), cache

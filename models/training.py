@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from lightning_attn import load_balancing_loss, moe_route
-from lightning_attn.distributed import even_cuts, load_balancing_share
+from lightning_attn.distributed import all_reduce, even_cuts, load_balancing_share
 
 from .config import TextConfig
 from .context import ContextParallel
@@ -130,23 +129,19 @@ class Across:
         entropy = F.cross_entropy(logits[0], rows[:, 1:].reshape(-1)[own], reduction="sum") / (B * T)
         k = self.model.config.num_experts_per_tok
         uneven = sum(load_balancing_share(r, moe_route(r.detach(), k)[1]) for r in router)
-        whole = entropy.detach().clone()
-        dist.all_reduce(whole)
-        return entropy + balance * uneven, whole
+        return entropy + balance * uneven, all_reduce(entropy.detach())
 
     @torch.no_grad()
     def finish(self) -> None:
         for _, experts in experts_of(self.model):
             experts.reduce_gradients()
         grads = _gradients(self._to_sum)
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
+        flat = all_reduce(torch.cat([g.flatten() for g in grads]))
         for g, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             g.copy_(total.view_as(g))
         every, split = (_squares(_gradients(ps)) for ps in (list(self.model.parameters()), self._split))
-        own, whole = split.clone(), split
-        dist.all_reduce(whole)  # over EDP as well, where all have the same
-        norm = (every - own + whole / self.world.edp).sqrt().to(flat.dtype)
+        whole = all_reduce(split)  # over EDP as well, where all have the same
+        norm = (every - split + whole / self.world.edp).sqrt().to(flat.dtype)
         nn.utils.clip_grads_with_norm_(self.model.parameters(), MAX_NORM, norm)
 
     def whole(self) -> CausalLM:

@@ -4,6 +4,7 @@ All five ranks of the pool run every function, as all ranks of a world make ever
 """
 
 import functools
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from moe_support import plain_mlp
 from ranks_support import MOST, Received, run_ranks
-from support import assert_close_to_truth, assert_same_bits, error
+from support import assert_close_to_truth, assert_same_bits, error, poisoned_memory
 from torch import Tensor
 from torch.distributed import ProcessGroup, get_rank
 from torch.distributed.device_mesh import DeviceMesh
@@ -124,14 +125,15 @@ def run_case(group: ProcessGroup, case: Case, repeats: int) -> Result | None:
     moe, xs, dys = inputs(case)
     module = ExpertParallel(moe, mesh, groups=case.groups)
     results = []
-    for _ in range(repeats):
+    for i in range(repeats):
         module.zero_grad()
         x = xs[rank].clone().requires_grad_()
-        with ReceivedFrom(group) as forward:
-            y, logits = module(x, return_router_logits=True)
-        with ReceivedFrom(group) as backward:
-            y.backward(dys[rank])
-        module.reduce_gradients()
+        with poisoned_memory() if i % 2 else nullcontext():
+            with ReceivedFrom(group) as forward:
+                y, logits = module(x, return_router_logits=True)
+            with ReceivedFrom(group) as backward:
+                y.backward(dys[rank])
+            module.reduce_gradients()
         gradients = {name: p.grad for name, p in module.named_parameters()}
         experts = moe_route(logits.detach(), case.k)[1]
         results.append({"y": y.detach(), "x": x.grad, "experts": experts, **gradients})
@@ -277,7 +279,7 @@ def test_uneven_tokens() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_as_accurate_as_plain_pytorch(dtype: torch.dtype) -> None:
-    """The rule of the suite, and two runs give the same bits."""
+    """The rule of the suite, and three runs give the same bits, in whatever memory."""
     tokens = (70, 41, 0, 64, 33)
     grids_ = [(1, 2, 2), (1, 4, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (4, 1, 1), (1, 3, 1), (1, 1, 2)]
     cases = [Case(sizes, 1 + i % 3, tokens, dtype=dtype) for i, sizes in enumerate(grids_)]
@@ -324,8 +326,8 @@ def some_gradients(group: ProcessGroup, case: Case) -> None:
                 y.sum().backward()
             expected.sum().backward()
             sent = sum(forward.bytes.values()) - forward.bytes["_allgather_base_"]
-            if need_x or needs[0]:  # the router's gradient becomes one of x only through the gate
-                assert x.grad is None or error(x.grad, every.grad[here]) <= 1e-12
+            if need_x:
+                assert error(x.grad, every.grad[here]) <= 1e-12
             if not (need_x or needs[1] or needs[2]):
                 assert backward.total == 0
             elif not need_x:

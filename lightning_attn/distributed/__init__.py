@@ -1,5 +1,6 @@
 """Across ranks, on torch.distributed: NCCL on GPUs, gloo on CPUs."""
 
+from .all_reduce import all_reduce
 from .balance import load_balancing_share
 from .comm import RankError
 from .expert import ExpertParallel
@@ -10,6 +11,7 @@ from .ring import ring_attention, ring_attention_layout
 __all__ = [
     "ExpertParallel",
     "RankError",
+    "all_reduce",
     "even_cuts",
     "lasp",
     "load_balancing_share",

@@ -105,7 +105,12 @@ class Ranks:
                     )
                 time.sleep(pause)
                 pause = min(2 * pause, 2e-3)
-            return [json.loads(said) for said in store.multi_get(keys)]
+            heard = [json.loads(said) for said in store.multi_get(keys)]
+            # Everybody has come to this call, so nobody reads what was told in those before.
+            for call in range(_forgotten.get(self.group.group_name, 0) + 1, self.call):
+                store.delete_key(_key(call, self.rank))
+            _forgotten[self.group.group_name] = self.call - 1
+            return heard
 
     @contextmanager
     def _told_by_store(self, purpose: str) -> Iterator[None]:
@@ -220,6 +225,7 @@ def timeout(group: ProcessGroup) -> timedelta:
 
 
 _calls: dict[str, int] = {}  # by group: how many agreements it has come to
+_forgotten: dict[str, int] = {}  # by group: up to which of them this rank's words are deleted
 _agreed: set[tuple] = set()
 
 

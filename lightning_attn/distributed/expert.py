@@ -15,12 +15,13 @@ from ..backends import Expert
 from ..dispatch import accumulation_dtype
 from ..moe import moe_mlp, moe_route
 from ..nn import SparseMoE
-from ..nn.moe import MATRICES, SCALES
+from ..nn.moe import MATRICES, SCALES, scales_kept
 from ..ops.registry import kernels_of
 from ..validation import expert_parallel as validation
 from . import expert_steps as steps
+from .all_reduce import sum_over
 from .comm import Ranks
-from .expert_plan import Place, in_order, join, shard
+from .expert_plan import Place, join, shard
 
 _NAME = validation.FUNCTION
 
@@ -34,8 +35,8 @@ class ExpertParallel(nn.Module):
     `down_proj` [E / EP, D, F / ETP]. Ranks of equal e and t hold the same, of equal d exchange rows.
 
     Each token group: all-to-all of the rows over EP, all-gather over ETP, experts, reduce-scatter over ETP, all-to-all back.
-    A rank dispatches its own tokens only, 1 / ETP of those of its ETP ranks. The counts of all groups are exchanged before
-    that, once, and read on the CPU: a GPU is waited for there. While the experts of a group compute, the exchanges of
+    A rank dispatches its own tokens only, 1 / ETP of those of its ETP ranks. The counts of all groups are gathered before
+    that, once over EP and once over ETP, and read on the CPU: a GPU is waited for there. While the experts of a group compute, the exchanges of
     the others fly. `expert_plan` has the bytes. Without EP and ETP nothing is sent.
 
     Args:
@@ -91,7 +92,7 @@ class ExpertParallel(nn.Module):
 
         Raises:
             TypeError, ValueError: as `SparseMoE`. The other ranks raise RankError.
-            RankError: the ranks disagree about dtype, D, E, top_k, groups or what requires gradients, or one does not come.
+            RankError: the ranks disagree about dtype, D, F, E, top_k, groups or what requires gradients, or one does not come.
         """
         groups = self._groups("ep", "etp")
         if not groups:
@@ -107,6 +108,7 @@ class ExpertParallel(nn.Module):
             facts = {
                 "dtype": flat.dtype,
                 "D": self.hidden_size,
+                "F": self.intermediate_size,
                 "E": self.num_experts,
                 "top_k": self.top_k,
                 "groups": self.groups,
@@ -170,7 +172,7 @@ class ExpertParallel(nn.Module):
             if name == "gate.weight":  # small, so it can be rounded once
                 total, dims = gradient.to(accumulation_dtype(gradient.dtype)), ["etp", "ep", "edp"]
             for group in self._groups(*dims):
-                total = _sum_over(Ranks(function, group), total)
+                total = sum_over(Ranks(function, group), total)
             gradient.copy_(total)
 
     def _route(self, x: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Expert, Expert]:
@@ -197,13 +199,8 @@ class ExpertParallel(nn.Module):
         return steps.Exchange(self.place, ep[0] if ep else None, etp[0] if etp else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertParallel:
-        before = {name: getattr(self, name) for name in SCALES if self.quantized}
-        super()._apply(fn, recurse)
-        for name, scale in before.items():  # .to(dtype) would round them
-            after = getattr(self, name)
-            if after.dtype != scale.dtype:
-                kept = torch.empty_like(after, dtype=scale.dtype) if scale.is_meta else scale.to(after.device)
-                setattr(self, name, kept)
+        with scales_kept(self):
+            super()._apply(fn, recurse)
         return self
 
     def extra_repr(self) -> str:
@@ -218,13 +215,3 @@ def _coordinate(mesh: DeviceMesh, name: str) -> tuple[int, int]:
     assert names is not None and coordinate is not None, "validated"
     dim = names.index(name) if name in names else None
     return (1, 0) if dim is None else (mesh.size(dim), coordinate[dim])
-
-
-def _sum_over(ranks: Ranks, x: Tensor) -> Tensor:
-    """The sum of x over the ranks, in their order: each sums a part, in the accumulation dtype, and tells it to the others."""
-    share = -(-x.numel() // ranks.size)
-    padded = x.new_zeros(ranks.size, share)
-    padded.view(-1)[: x.numel()] = x.reshape(-1)
-    parts = ranks.all_to_all(padded.view(-1), [share] * ranks.size, [share] * ranks.size).wait()
-    total = in_order(parts.view(ranks.size, share), accumulation_dtype(x.dtype)).to(x.dtype)
-    return ranks.all_gather(total).wait().view(-1)[: x.numel()].view(x.shape)

@@ -14,7 +14,6 @@ The backward sends the gradients of the rows on the same ways.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -60,11 +59,6 @@ class Plan:
     def rows(self) -> int:
         """That the rank's experts compute."""
         return sum(self.gathered)
-
-    @property
-    def begins(self) -> list[int]:
-        """Where the rows from each rank of the all-gather begin, and where the last end."""
-        return [sum(self.gathered[:t]) for t in range(len(self.gathered) + 1)]
 
     def dispatch_bytes(self, D: int, itemsize: int) -> int:
         return (sum(self.receive) - self.receive[self.place.e]) * D * itemsize
@@ -149,11 +143,3 @@ def join(name: str, slices: Tensor) -> Tensor:
     if name == "down_proj":
         return slices.movedim(0, 2).flatten(2, 3)
     return slices[0]
-
-
-def in_order(parts: Tensor | Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The sum of the parts in their order, in `dtype`."""
-    total = parts[0].to(dtype, copy=True)
-    for part in parts[1:]:
-        total += part
-    return total

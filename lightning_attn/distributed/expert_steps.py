@@ -19,8 +19,9 @@ from ..backends import Expert, Routing
 from ..dispatch import accumulation_dtype
 from ..ops.once import once_differentiable
 from ..ops.registry import kernels_of
+from .all_reduce import in_order
 from .comm import RankError, Ranks, call
-from .expert_plan import Place, Plan, arrivals, in_order, plan, token_groups
+from .expert_plan import Place, Plan, arrivals, plan, token_groups
 
 Paused = Generator[None, None, Tensor]
 LEAVES = ("x", "gate_up_proj", "down_proj", "weights")
@@ -94,7 +95,7 @@ class Exchange(NamedTuple):
             pending = self.etp.all_to_all(rows, plan.gathered, [mine] * self.place.etp)
             yield
             parts = pending.wait().view(self.place.etp, mine, D)
-            rows = in_order(parts, accumulation_dtype(rows.dtype)).to(rows.dtype)
+            rows = in_order(parts).to(rows.dtype)
         if self.ep is not None:
             pending = self.ep.all_to_all(rows, plan.receive, plan.send)
             yield
@@ -186,12 +187,16 @@ def backward(
 
     def group(i: int, begin: int, end: int) -> Generator[None, None, None]:
         own = kept[i]
-        part = dy[begin:end].index_select(0, own.pair_order // k).to(acc)  # [n * k, D]
+        rows = dy[begin:end].index_select(0, own.pair_order // k).to(acc)  # [n * k, D]
+        if dweights is not None:
+            each = (rows * own.z).sum(1)  # <dy_t, z> of each pair, by expert
+            dweights[begin:end] = each[own.pair_position.long()]
         if need_x or need_gate_up or need_down:
             share = weights[begin:end].reshape(-1).index_select(0, own.pair_order)
-            dz = yield from exchange.bring((part * share[:, None]).to(dy.dtype), plans[i])
+            rows = (rows * share[:, None]).to(dy.dtype)
+            dz = yield from exchange.bring(rows, plans[i])
             one = weights.new_ones(len(dz), 1)
-            drows, *dw, _ = ops.moe_mlp_backward(
+            rows, *dw, _ = ops.moe_mlp_backward(
                 dz, own.rows, gate_up, down, one, own.h, own.order, own.position, own.offs,
                 False, need_x, need_gate_up, need_down, False, backend,
             )  # fmt: skip
@@ -199,11 +204,8 @@ def backward(
                 if need:
                     total.add(term)
             if dx is not None:
-                drows = yield from exchange.take_back(drows, plans[i])
-                dx[begin:end] = _gather_sum(drows, own.pair_position)
-        if dweights is not None:
-            each = (part * own.z).sum(1)  # <dy_t, z> of each pair, by expert
-            dweights[begin:end] = each[own.pair_position.long()]
+                rows = yield from exchange.take_back(rows, plans[i])
+                dx[begin:end] = _gather_sum(rows, own.pair_position)
 
     parts = token_groups(len(dy), len(plans))
     pipelined(group(i, *parts[i]) for i in reversed(range(len(parts))))

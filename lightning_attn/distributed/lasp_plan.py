@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-
 Terms = tuple[tuple[int, int], ...]  # (rank, distance)
 
 

@@ -1,6 +1,7 @@
 """The sparse mixture of experts as a module, with the names of the released checkpoints and of transformers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -114,20 +115,25 @@ class SparseMoE(nn.Module):
         return (self.gate_up_proj, self.gate_up_scale), (self.down_proj, self.down_scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseMoE":
-        scales = {name: getattr(self, name) for name in SCALES if self.quantized}
-        super()._apply(fn, recurse)
-        for name, before in scales.items():
-            after = getattr(self, name)
-            if after.dtype != before.dtype:  # .to(dtype) would round it
-                kept = (
-                    torch.empty_like(after, dtype=before.dtype) if before.is_meta else before.to(after.device)
-                )
-                setattr(self, name, kept)
+        with scales_kept(self):
+            super()._apply(fn, recurse)
         return self
 
     def extra_repr(self) -> str:
         sizes = f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
         return sizes + f"num_experts={self.num_experts}, top_k={self.top_k}" + ", int8" * self.quantized
+
+
+@contextmanager
+def scales_kept(module: nn.Module) -> Iterator[None]:
+    """Around `_apply`: .to(dtype) would round the scales of int8 experts."""
+    scales = {name: scale for name in SCALES if (scale := getattr(module, name)) is not None}
+    yield
+    for name, before in scales.items():
+        after = getattr(module, name)
+        if after.dtype != before.dtype:
+            kept = torch.empty_like(after, dtype=before.dtype) if before.is_meta else before.to(after.device)
+            setattr(module, name, kept)
 
 
 def _name(e: int, part: str) -> str:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .common import dims, floating, index, same_device, tensor, types
+from .common import dims, floating, index, same_device, types
+from .moe import router_logits
 
 FUNCTION = "ExpertParallel"
 DIMENSIONS = ("edp", "ep", "etp")
@@ -66,7 +67,7 @@ def expert_input(x: Tensor, backend: str, hidden_size: int, gate: Tensor, quanti
     floating(FUNCTION, "x", x)
     if x.dim() == 0 or x.shape[-1] != hidden_size:
         raise ValueError(f"{FUNCTION}: expected x of shape [..., {hidden_size}], got {dims(x)}")
-    same_device(FUNCTION, "x", x, "the parameters", gate)
+    same_device(FUNCTION, "x", x, "gate.weight", gate)
     if quantized and torch.is_grad_enabled():
         for name, t in (("x", x), ("gate.weight", gate)):
             if t.requires_grad:
@@ -86,10 +87,7 @@ def expert_dtype(x: Tensor, **parameters: Tensor) -> None:
 def load_balancing_share(logits: Tensor, experts: Tensor) -> None:
     """The structure of the arguments of load_balancing_share."""
     function = "load_balancing_share"
-    tensor(function, "logits", logits)
-    floating(function, "logits", logits)
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(f"{function}: expected logits of shape [T, E], got {dims(logits)}")
+    router_logits(function, logits)
     index(function, "experts", experts, logits, "logits")
     if experts.dim() != 2 or experts.shape[0] != logits.shape[0]:
         raise ValueError(
