@@ -1,7 +1,7 @@
 """Rewrites the README's figures: of a CPU from results of `lightning-attn bench --compare --json`, one of attention and one
-of the mixture of experts; of a GPU from one of `python -m benchmarks.gpu`, if there is one.
+of the mixture of experts, and of `lightning-attn ranks --json`; of a GPU from one of `python -m benchmarks.gpu`, if there is one.
 
-python -m benchmarks.readme_table [RESULT.json] [--experts EXPERTS.json] [--gpu GPU.json]     # writes between the markers
+python -m benchmarks.readme_table [RESULT.json] [--experts E.json] [--ranks R.json] [--gpu GPU.json]     # writes between the markers
 python -m benchmarks.readme_table --check                            # exits with 1 if the README says anything else
 """
 
@@ -20,6 +20,7 @@ BENCHMARKS = Path(__file__).resolve().parent
 README = BENCHMARKS.parent / "README.md"
 RESULT = BENCHMARKS / "results" / "cpu.json"
 EXPERTS_RESULT = BENCHMARKS / "results" / "experts.json"
+RANKS_RESULT = BENCHMARKS / "results" / "ranks.json"
 GPU_RESULT = BENCHMARKS / "results" / "gpu.json"
 
 OURS = "lightning_attn"
@@ -112,6 +113,37 @@ def _ratio(ours: Row, theirs: Row | None) -> str:
     return f"{theirs['median_ms'] / ours['median_ms']:.2f}x"
 
 
+def ranks_table(result: dict[str, Any]) -> str:
+    """Markdown: the machine, then a line for each case and pass of `lightning-attn ranks`."""
+    device, size = result["device"], result["ranks"]
+    what = (
+        f"{device['name']}, {device['instruction_set']}; PyTorch {result['versions']['torch']}: {size} ranks of "
+        f"{result['threads_of_a_rank']} thread{'s' * (result['threads_of_a_rank'] > 1)} beside one process of {result['threads']}."
+    )
+    lines = [
+        "| op | case | pass | dtype | one process | ranks | ratio | asked | received |",
+        "|---" * 4 + "|--:" * 5 + "|",
+    ]
+    for row in result["rows"]:
+        times = (f"{row[key] / 1e3:.3g} s" if row[key] else "-" for key in ("one_process_ms", "ranks_ms"))
+        ratio = f"{row['ratio']:.2f}" if row["ratio"] else "-"
+        received = f"{max(row['received_bytes']) / 1e6:.3g} MB" if row["received_bytes"] else "-"
+        cells = (
+            row["op"],
+            row["case"],
+            row["pass"],
+            row["dtype"],
+            *times,
+            ratio,
+            f"{row['target']:.2f}",
+            received,
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    shapes = {row["op"]: row["shape"] for row in reversed(result["rows"])}
+    described = (f"{op} {', '.join(f'{k}={v}' for k, v in shapes[op].items())}" for op in sorted(shapes))
+    return "\n".join([what, "", *lines, "", f"Shapes: {'; '.join(described)}."])
+
+
 def gpu_section(result: Path) -> str:
     """What `benchmarks.gpu` makes of a run on a GPU, with those of its plots that lie beside the result."""
     if not result.exists() and result != GPU_RESULT:
@@ -144,6 +176,9 @@ def main() -> int:
     parser.add_argument(
         "--experts", type=Path, default=EXPERTS_RESULT, help="of the experts (default: %(default)s)"
     )
+    parser.add_argument(
+        "--ranks", type=Path, default=RANKS_RESULT, help="of several processes (default: %(default)s)"
+    )
     parser.add_argument("--gpu", type=Path, default=GPU_RESULT, help="a run on a GPU (default: %(default)s)")
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit with 1 if the README is stale"
@@ -152,6 +187,7 @@ def main() -> int:
     old = README.read_text(encoding="utf-8")
     new = rewritten(old, "bench", table(json.loads(arguments.result.read_text()), ATTENTION))
     new = rewritten(new, "experts", table(json.loads(arguments.experts.read_text()), EXPERTS))
+    new = rewritten(new, "ranks", ranks_table(json.loads(arguments.ranks.read_text())))
     new = rewritten(new, "gpu", gpu_section(arguments.gpu.absolute()))
     if arguments.check:
         if new != old:

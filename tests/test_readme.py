@@ -99,7 +99,7 @@ def test_figures_are_up_to_date() -> None:
     """The figures are what benchmarks/readme_table.py makes of the committed results, never typed."""
     process = python(*SCRIPT, "--check", cwd=ROOT)
     assert process.returncode == 0, process.stderr
-    for name in ("bench", "experts"):
+    for name in ("bench", "experts", "ranks"):
         assert between(name).count("\n|") > 6, f"the table of {name} is empty"
     measured = (ROOT / "benchmarks" / "results" / "gpu.json").exists()
     assert between("gpu").endswith("still to be measured.") != measured
@@ -109,7 +109,13 @@ def test_figures_are_up_to_date() -> None:
 def copy(tmp_path: Path) -> Path:
     """A checkout with no more than the script, its results and the README."""
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    for name in ("__init__.py", "readme_table.py", "results/cpu.json", "results/experts.json"):
+    for name in (
+        "__init__.py",
+        "readme_table.py",
+        "results/cpu.json",
+        "results/experts.json",
+        "results/ranks.json",
+    ):
         shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks" / name)
     shutil.copytree(ROOT / "benchmarks" / "gpu", tmp_path / "benchmarks" / "gpu")
     (tmp_path / "README.md").write_text(README, encoding="utf-8")

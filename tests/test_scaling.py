@@ -11,7 +11,8 @@ from click.testing import CliRunner, Result
 
 from benchmarks.scaling import ring
 from benchmarks.scaling.__main__ import NOTE, Sizes, main, size
-from benchmarks.scaling.operations import OPERATIONS, Layer, rows
+from benchmarks.scaling.layer import Layer
+from benchmarks.scaling.operations import OPERATIONS, rows
 from benchmarks.scaling.rates import Model, Rates
 from lightning_attn.distributed import ring_plan
 

@@ -1,4 +1,4 @@
-"""The console script `lightning-attn`: info, check, bench."""
+"""The console script `lightning-attn`: info, check, bench, ranks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import click
 from .bench import bench
 from .check import check
 from .info import info
+from .ranks import ranks
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -14,5 +15,5 @@ def main() -> None:
     """Lightning attention kernels: what runs here, whether it is right, and how fast it is."""
 
 
-for command in (info, check, bench):
+for command in (info, check, bench, ranks):
     main.add_command(command)

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.scaling`: bytes, compute and communication of each parallel algorithm on ranks that are not here."""
