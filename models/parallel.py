@@ -66,7 +66,8 @@ class World:
         self.replica = self.rank // sizes.cp
         self.cp = tokens.get_group("cp")
         # Groups of a mesh have PyTorch's timeout, half an hour and more, whatever the default group was made with.
-        timeout = dist.group.WORLD._get_backend(torch.device(device_type)).options._timeout
+        whole = dist.distributed_c10d._get_default_group()
+        timeout = whole._get_backend(torch.device(device_type)).options._timeout
         for group in (*tokens.get_all_groups(), *self.experts.get_all_groups()):
             dist.distributed_c10d._set_pg_timeout(timeout, group)
 

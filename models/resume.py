@@ -8,6 +8,7 @@ with pickle, so do not read one that comes from elsewhere; `models.checkpoint` i
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -81,10 +82,11 @@ class Checkpoints:
                 "exp_avg_sq": torch.zeros_like(p),
             }
         tensors, told = _tensors(run), {"run": self._facts(run)}
+        mine = told["run"]["facts"]
         dcp.load(told, checkpoint_id=found[-1])
-        if told["run"]["facts"] != self.facts:
+        if told["run"]["facts"] != mine:
             raise ValueError(
-                f"training checkpoint: expected one of the same run, got {found[-1]} of {told['run']['facts']}, not {self.facts}: "
+                f"training checkpoint: expected one of the same run, got {found[-1]} of {told['run']['facts']}, not {mine}: "
                 "delete it or train elsewhere"
             )
         dcp.load(tensors, checkpoint_id=found[-1])
@@ -98,7 +100,8 @@ class Checkpoints:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def _facts(self, run: Run) -> dict[str, Any]:
-        return {"facts": self.facts, "curve": list(run.curve)}
+        # As text: what is nested would be loaded key by key, into the very dicts that it is compared with.
+        return {"facts": json.dumps(self.facts, sort_keys=True), "curve": list(run.curve)}
 
 
 def _tensors(run: Run) -> dict[str, Tensor]:

@@ -153,8 +153,11 @@ def main(
         "ranks": None if world is None else {"world": world.ranks, **asdict(world.sizes)},
     }
     checkpoints = Checkpoints(out / "training", every, facts)
-    if every and checkpoints.load(run):
-        _say(f"going on after step {len(run.curve)}")
+    try:
+        if every and checkpoints.load(run):
+            _say(f"going on after step {len(run.curve)}")
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--out") from None
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     bits = TextColumn("{task.fields[bits]}")
     console = Console(stderr=True)
@@ -207,7 +210,10 @@ def _world(parallel: str | None) -> World | None:
         )
     try:
         sizes = Sizes.parse(parallel)
-        dist.init_process_group("gloo")
+        store, rank, ranks = next(dist.rendezvous("env://"))
+        # torchrun's store outlives its workers: those that are started again must not find what the ones before left in it.
+        store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
         return World(sizes)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--parallel") from None

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
+from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
+import ranks_support
 import torch
 from models_support import randomize, tokens
+from ranks_support import Ranks
 from torch import Tensor
 
 from models.config import LIGHTNING, SOFTMAX, TextConfig
@@ -33,6 +42,15 @@ CONFIG = TextConfig(
 # All ways to share out four ranks.
 SHARES = ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4))  # ep, etp
 SIZES = [Sizes(cp, ep, etp) for cp in (1, 2, 4) for ep, etp in SHARES]
+
+
+@contextmanager
+def fresh_ranks(timeout: float) -> Iterator[Ranks]:
+    """Four, born with the models imported, where no test before these had ranks of its own: that takes longer than what they do."""
+    forkserver.set_forkserver_preload(["ranks_support", "models_ranks_support"])
+    forkserver.ensure_running()
+    with ranks_support.fresh_ranks(RANKS, timeout) as ranks:
+        yield ranks
 
 
 @functools.cache
@@ -81,3 +99,35 @@ def alone(rows: int, length: int, balance: float, factor: float) -> dict[str, An
     grads = torch.autograd.grad(factor * total, list(side.model.parameters()))
     norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt().item()
     return {"norm": norm, **gradients(side, batch, balance, factor)}
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+
+
+def own_text(directory: Path) -> Path:
+    """A file of bytes with something to learn in it, short enough to be read at once."""
+    file = directory / "text"
+    file.write_bytes(b"".join(b"%d and %d is %d\n" % (a, b, a + b) for a in range(40) for b in range(30)))
+    return file
+
+
+def torchrun(ranks: int, *args: object, restarts: int = 0, log: Path) -> subprocess.Popen[bytes]:
+    """`torchrun ... -m models.train_tiny`, with what it says in a file."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [f"--max-restarts={restarts}", "-m", "models.train_tiny", *map(str, args)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with log.open("wb") as file:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+def finished(process: subprocess.Popen[bytes], log: Path, timeout: float = 300) -> str:
+    """What it has said, when it has ended well."""
+    try:
+        code = process.wait(timeout)
+    finally:
+        process.terminate()  # and its workers with it
+    said = log.read_text(errors="replace")
+    assert code == 0, said
+    return said

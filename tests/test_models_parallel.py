@@ -7,34 +7,37 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from models_ranks_support import (
     CONFIG,
     RANKS,
     SIZES,
     alone,
     dense_model,
+    finished,
+    fresh_ranks,
     gradients,
     offsets,
+    own_text,
     prompts_of,
+    torchrun,
     world_of,
 )
 from models_support import relative, tokens
-from ranks_support import Ranks, fresh_ranks
+from ranks_support import Ranks, free_port
 from support import assert_same_bits
-from torch import Tensor
 
+from lightning_attn.distributed import even_cuts
+from lightning_attn.distributed.comm import timeout
 from models import checkpoint, generate, train_tiny
 from models.context import ContextParallel
 from models.parallel import Sizes, World, experts_of, gather, parallelize
@@ -43,13 +46,13 @@ from models.sharded import prefill
 from models.text import CausalLM
 from models.training import Across
 
-ROOT = Path(__file__).parent.parent
 Group = dist.ProcessGroup
+PATIENCE = 120.0  # seconds, of the ranks that live
 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Ranks]:
-    with fresh_ranks(RANKS, timeout=120) as ranks:
+    with fresh_ranks(timeout=PATIENCE) as ranks:
         yield ranks
 
 
@@ -64,15 +67,16 @@ LARGE, SMALL = 3.0, 1e-3  # times the loss: its gradient is clipped, or it is no
 def training_steps(group: Group, sizes: list[Sizes]) -> list[tuple[float, str]]:
     """The largest distance from one process, and where, of each."""
     found = []
-    for shares in sizes:
+    for turn, shares in enumerate(sizes):
         world, worst = world_of(shares), (0.0, "")
-        for number, (rows, length) in enumerate(BATCHES):
+        for number in (0, 1 + (turn + turn // 6) % 2):  # each share of experts has both at some cp
+            rows, length = BATCHES[number]
             factor = SMALL if number == 1 else LARGE
             want = alone(rows, length, BALANCE, factor)
             assert (want["norm"] > 2) == (factor == LARGE) and (want["norm"] < 0.5) == (factor == SMALL)
             again = [
                 gradients(Across(dense_model(), world), tokens(rows, length + 1), BALANCE, factor)
-                for _ in range(2 if number == 0 else 1)
+                for _ in range(2 if number == 0 and turn % 2 else 1)
             ]
             got = again[0]
             for other in again[1:]:
@@ -159,7 +163,7 @@ def refused(group: Group) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             model(**{"input_ids": ids, "context": context, **wrong})
-    windowed = CausalLM(train_tiny.TextConfig(**{**vars(CONFIG), "sliding_window": 5}), dtype=torch.float64)
+    windowed = CausalLM(replace(CONFIG, sliding_window=5), dtype=torch.float64)
     with pytest.raises(ValueError, match="expected no sliding_window with context"):
         windowed(ids, context=context)
     for prompts, more, message in (
@@ -177,7 +181,7 @@ def refused(group: Group) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             World(sizes)
-    three = dense_model(config=train_tiny.TextConfig(**{**vars(CONFIG), "num_local_experts": 3}))
+    three = dense_model(config=replace(CONFIG, num_local_experts=3))
     with pytest.raises(ValueError, match="a number of experts divisible by ep = 2, got 3"):
         parallelize(three, world_of(Sizes(1, 2, 2)))
 
@@ -185,6 +189,19 @@ def refused(group: Group) -> None:
 def test_refused(pool: Ranks) -> None:
     """Before anything is sent: what contradicts a context, prompts, sizes of the world and of the experts."""
     pool.run(refused)
+
+
+def timeouts(group: Group) -> set[float]:
+    found = set()
+    for sizes in (Sizes(2, 2, 1), Sizes(1, 2, 2)):
+        world = world_of(sizes)
+        found |= {timeout(g).total_seconds() for g in (world.cp, *world.experts.get_all_groups())}
+    return found
+
+
+def test_timeout(pool: Ranks) -> None:
+    """Every group of a world has that of the default group."""
+    assert pool.run(timeouts) == [{PATIENCE}] * RANKS
 
 
 @pytest.mark.parametrize(
@@ -200,7 +217,9 @@ def test_sizes(text: str, sizes: Sizes) -> None:
     assert Sizes.parse(text) == sizes
 
 
-@pytest.mark.parametrize("text", ["cp", "cp=", "cp=0", "cp=-1", "cp=1.5", "dp=2", "cp=2,cp=2", "cp=2;ep=2", "=2", "cp=2=2"])
+@pytest.mark.parametrize(
+    "text", ["cp", "cp=", "cp=0", "cp=-1", "cp=1.5", "dp=2", "cp=2,cp=2", "cp=2;ep=2", "=2", "cp=2=2"]
+)
 def test_wrong_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="expected cp=N,ep=N,etp=N with N >= 1, got") as error:
         Sizes.parse(text)
@@ -219,8 +238,15 @@ def placed_and_gathered(group: Group) -> None:
         plan(placed, ["cpu", "cpu"]).apply(placed)
         placed.load_state_dict(dense.state_dict())
         model = parallelize(placed.eval(), world)
-        held = sum(p.numel() for _, experts in experts_of(model) for n, p in experts.named_parameters() if "gate." not in n)
-        every = sum(p.numel() for n, p in dense.named_parameters() if n.endswith(("gate_up_proj", "down_proj")))
+        held = sum(
+            p.numel()
+            for _, experts in experts_of(model)
+            for n, p in experts.named_parameters()
+            if "gate." not in n
+        )
+        every = sum(
+            p.numel() for n, p in dense.named_parameters() if n.endswith(("gate_up_proj", "down_proj"))
+        )
         assert held * sizes.ep * sizes.etp == every
         whole = gather(model)
         assert not whole.training and whole.state_dict().keys() == dense.state_dict().keys()
@@ -246,7 +272,15 @@ def test_placed_and_gathered(pool: Ranks) -> None:
 PROMPTS = ((1, 9, 4, 1), (3,), (8, 2), (1, 1))
 CHUNKS = (1, 7, 100)
 DECODED = 3
-PREFILLS = [Sizes(), Sizes(1, 4, 1), Sizes(2, 1, 1), Sizes(2, 2, 1), Sizes(4, 1, 1), Sizes(4, 2, 2), Sizes(2, 1, 4)]
+PREFILLS = [
+    Sizes(),
+    Sizes(1, 4, 1),
+    Sizes(2, 1, 1),
+    Sizes(2, 2, 1),
+    Sizes(4, 1, 1),
+    Sizes(4, 2, 2),
+    Sizes(2, 1, 4),
+]
 
 
 @torch.no_grad()
@@ -254,7 +288,8 @@ def prefills(group: Group) -> list[tuple[float, str]]:
     found, dense = [], dense_model()
     for sizes in PREFILLS:
         world = world_of(sizes)
-        model, lengths = parallelize(dense_model(), world), PROMPTS[world.replica]
+        model = dense if sizes == Sizes(4) else parallelize(dense_model(), world)
+        lengths = PROMPTS[world.replica]
         prompts, rank = prompts_of(lengths, seed=10 * world.replica), dist.get_rank(world.cp)
         ids, mask = generate.pad(prompts)
         for chunk in CHUNKS:
@@ -285,8 +320,8 @@ def check_shares(sharded: Any, lengths: tuple[int, ...], chunk: int, rank: int, 
     cu, T = offsets(lengths), sum(lengths)
     mine = []
     for begin in range(0, T, chunk):
-        size = min(chunk, T - begin)
-        mine += range(begin + size * rank // ranks, begin + size * (rank + 1) // ranks)
+        first, stop = even_cuts(min(chunk, T - begin), ranks)[rank : rank + 2]
+        mine += range(begin + first, begin + stop)
     softmax = {layer for layer, kind in enumerate(CONFIG.attn_type_list) if kind}
     assert sharded.rows.keys() == softmax
     assert sharded.states.keys() == set(range(CONFIG.num_hidden_layers)) - softmax
@@ -307,9 +342,83 @@ def test_prefill(pool: Ranks) -> None:
             assert error < 1e-10, where
 
 
+@torch.no_grad()
+def some_prefill(group: Group) -> None:
+    world, dense = world_of(Sizes(cp=2)), dense_model()
+    if world.replica:
+        return
+    logits, _ = prefill(dense, prompts_of((9, 4)), world.cp, chunk=5)
+    want = torch.cat([dense(torch.tensor([p]))[:, -1] for p in prompts_of((9, 4))])
+    assert relative(logits, want) < 1e-10
+
+
+def test_prefill_of_one_replica(pool: Ranks) -> None:
+    """Without parallel experts it is the affair of its own group alone."""
+    pool.run(some_prefill)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def call(*args: object, environment: dict[str, str] | None = None) -> Result:
+    return CliRunner().invoke(train_tiny.main, [str(a) for a in args], env=environment)
+
+
+def test_command(tmp_path: Path) -> None:
+    """Four processes and one: the same curve, and checkpoints of the same model, to the rounding of float32."""
+    base = ("--text", own_text(tmp_path), "--steps", 4)
+    files = ("--out", tmp_path / "four", "--json", tmp_path / "four.json")
+    log = tmp_path / "log"
+    process = torchrun(RANKS, *base, *files, "--parallel", "cp=2,ep=2", log=log)
+    said = finished(process, log)
+    assert said.count("saved in") == said.count("parameters,") == 1, said
+    one = call(*base, "--out", tmp_path / "one", "--json", tmp_path / "one.json")
+    assert one.exit_code == 0, one.output
+    four, alone = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("four", "one"))
+    assert four["ranks"] == {"world": 4, "cp": 2, "ep": 2, "etp": 1} and "ranks" not in alone
+    assert four["recipe"] == alone["recipe"] and four["parameters"] == alone["parameters"]
+    assert len(four["bits_per_byte"]) == 4 and alone["bits_per_byte"][-1] < alone["bits_per_byte"][0] - 0.05
+    pairs = [*zip(four["bits_per_byte"], alone["bits_per_byte"], strict=True)]
+    pairs.append((four["held_out_bits_per_byte"], alone["held_out_bits_per_byte"]))
+    for ours, theirs in pairs:
+        assert abs(ours - theirs) < 1.5e-4  # both are rounded to four decimals
+    models = [checkpoint.load(tmp_path / name) for name in ("four", "one")]
+    with torch.no_grad():
+        for (name, ours), theirs in zip(models[0].state_dict().items(), models[1].parameters(), strict=True):
+            assert relative(ours, theirs) < 1e-4, name
+        logits = [model(tokens(2, 90, vocab=256)) for model in models]
+    assert relative(*logits) < 1e-4
+    assert {f.name for f in (tmp_path / "four").iterdir()} == {f.name for f in (tmp_path / "one").iterdir()}
+
+
+def test_command_errors(tmp_path: Path) -> None:
+    """Processes without sizes, sizes without processes, sizes that are none, or do not divide the ranks."""
+    base = ("--text", own_text(tmp_path), "--steps", 1, "--out", tmp_path / "out")
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    alone = {"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_RUN_ID": "none", **port}
+    several = {**alone, "WORLD_SIZE": "2"}
+    try:
+        for args, environment, message in (
+            (("--parallel", "cp=2"), {}, "--parallel wants processes: torchrun --nproc-per-node N"),
+            ((), several, "torchrun started several processes: say how they are shared out (--parallel)"),
+            (("--parallel", "cp=two"), several, "expected cp=N,ep=N,etp=N with N >= 1, got 'cp=two'"),
+            (("--parallel", "pp=2"), several, "expected cp=N,ep=N,etp=N with N >= 1, got 'pp=2'"),
+            (("--parallel", "cp=2"), alone, "expected cp = 2 to divide the 1 ranks"),
+            (("--checkpoint-every", -1), {}, "--checkpoint-every"),
+        ):
+            result = call(*base, *args, environment=environment)
+            said = " ".join(result.output.replace("\u2502", " ").split())
+            assert result.exit_code == 2 and message in said and "Traceback" not in said, result.output
+            assert "parameters," not in said
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    assert not (tmp_path / "out").exists()
+
+
 # ---- a rank dies -----------------------------------------------------------------------------------------------------
 
-TIMEOUT = 8.0  # seconds
+TIMEOUT = 5.0  # seconds
 DEAD = 1
 
 
@@ -332,15 +441,14 @@ def dying(group: Group, stage: str, sizes: Sizes) -> tuple[str, float, bool]:
     if stage == "forward":
         run.model.model.layers[2].register_forward_pre_hook(die)
     elif stage == "backward":
-        run.model.lm_head.weight.register_hook(die)
-        run.model.model.layers[0].self_attn.qkv_proj.weight.register_hook(die)
+        run.model.model.layers[1].self_attn.o_proj.weight.register_hook(die)
     else:
         squares = training._squares
         training._squares = lambda tensors: (die(), squares(tensors))[1]
     begin, error = time.monotonic(), "none"
     try:
         training.step(run, recipe, text)
-    except Exception as raised:
+    except RuntimeError as raised:
         error = f"{type(raised).__name__}: {raised}"
     seconds = time.monotonic() - begin
     changed = len(run.curve) != 1 or {int(s["step"]) for s in run.optimizer.state.values()} != {1}
@@ -357,17 +465,19 @@ def dying(group: Group, stage: str, sizes: Sizes) -> tuple[str, float, bool]:
 )
 def test_a_rank_is_killed(stage: str, sizes: Sizes) -> None:
     """Row 29: in any stage of a step every other rank raises within the timeout, and none has stepped its optimizer."""
-    with fresh_ranks(RANKS, TIMEOUT) as ranks:
+    with fresh_ranks(TIMEOUT) as ranks:
         for pipe in ranks.pipes:
             pipe.send((dying.__module__, dying.__qualname__, RANKS, (stage, sizes)))
         left = [rank for rank in range(RANKS) if rank != DEAD]
         begin = time.monotonic()
         for rank in left:
-            assert ranks.pipes[rank].poll(max(0, begin + 4 * TIMEOUT - time.monotonic())), f"rank {rank} waits"
+            assert ranks.pipes[rank].poll(max(0, begin + 4 * TIMEOUT - time.monotonic())), (
+                f"rank {rank} waits"
+            )
             ok, answer = ranks.pipes[rank].recv()
             assert ok, answer
             error, seconds, changed = answer
-            assert error.startswith(("RankError", "RuntimeError", "DistBackendError")), error
+            assert error.startswith(("RankError: ", "RuntimeError: ", "DistBackendError: ")), error
             assert seconds < TIMEOUT + 2 and not changed, (rank, seconds, changed, error)
         ranks.processes[DEAD].join(5)
         assert ranks.processes[DEAD].exitcode == -signal.SIGKILL
