@@ -17,7 +17,7 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
-KERNELS = ["chunk_forward", "chunk_backward", "chunk_state", "decode", "gated_rms_norm"]
+KERNELS = ["chunk_forward", "chunk_backward", "chunk_state", "chunk_history", "decode", "gated_rms_norm"]
 KERNELS += ["moe_route", "moe_rows", "expert_rows", "transpose", "outer", "table"]
 BASELINE = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/runtime.cpp", "csrc/cuda/emulator.cpp"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

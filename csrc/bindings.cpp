@@ -146,6 +146,11 @@ PYBIND11_MODULE(_C, m) {
     launch(active->attention_state, {shape(s), operand(k), operand(v), state(initial), state(final), reverse});
   });
 
+  m.def("attention_history", [](const py::tuple& s, const py::tuple& x, const py::tuple& out, const py::object& states,
+                                bool reverse) {
+    launch(active->attention_history, {shape(s), operand(x), operand(out), state(states), reverse});
+  });
+
   m.def("attention_decode",
         [](const py::tuple& s, const py::tuple& q, const py::tuple& k, const py::tuple& v, const py::tuple& o,
            DType state_dtype, const py::object& states, int64_t state_rows, const py::handle& slots) {

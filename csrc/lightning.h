@@ -57,6 +57,15 @@ struct AttentionState {
   bool reverse;
 };
 
+// In place: out_t += scale * lambda^(t+1) S^T x_t, or with `reverse` scale * lambda^(T-1-t) S^T x_t, of one dense batch. x is
+// [B, T, H, K], out [B, T, H, V].
+struct AttentionHistory {
+  AttentionShape shape;
+  Operand x, out;
+  State state;  // accumulate dtype
+  bool reverse;
+};
+
 // The same recurrence for a few tokens, the state updated in place.
 struct AttentionDecode {
   AttentionShape shape;
@@ -223,6 +232,7 @@ struct Kernels {
   void (*attention_forward)(const AttentionForward&);
   void (*attention_backward)(const AttentionBackward&);
   void (*attention_state)(const AttentionState&);
+  void (*attention_history)(const AttentionHistory&);
   void (*attention_decode)(const AttentionDecode&);
   void (*gated_rms_norm_forward)(const GatedRMSNorm&);
   void (*gated_rms_norm_backward)(const GatedRMSNorm&);

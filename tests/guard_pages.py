@@ -87,6 +87,8 @@ class Guards(TorchDispatchMode):
             if cu_seqlens is None:
                 states.append(kernels.attention_state(k, v, decay, x.scale, initial, False))
                 states.append(kernels.attention_state(q, do, decay, x.scale, dstate, True))
+                kernels.attention_history(q, initial, decay, x.scale, False, outputs[0])
+                kernels.attention_history(k, dstate, decay, x.scale, True, gradients[2])
         return [*outputs, *gradients, *states]
 
     def decode(

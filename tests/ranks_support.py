@@ -42,7 +42,7 @@ class Ranks:
 
     def __init__(self, size: int, timeout: float = 300.0) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["ranks_support", "lightning_attn"])
+        context.set_forkserver_preload(["ranks_support", "lightning_attn.distributed"])
         port = free_port()
         self.size, self.pipes, self.processes = size, list[Connection](), list[Any]()
         for rank in range(size):

@@ -51,6 +51,8 @@ def attention(dtype: torch.dtype, K: int, V: int, ends: list[int] | None, statef
     if ends is None:
         finite(triton.attention_state(k, v, shared[3], K**-0.5, initial, False))
         finite(triton.attention_state(q, do, shared[3], K**-0.5, dstate, True))
+        if initial is not None:
+            triton.attention_history(q, initial, shared[3], K**-0.5, False, o)
     if ends is None or ends[-1] == T:
         finite(o, state, *(x for x in gradients if x is not None))
 

@@ -31,6 +31,7 @@ RAW = [
     "attention_forward",
     "attention_backward",
     "attention_state",
+    "attention_history",
     "attention_decode",
     "gated_rms_norm_forward",
     "gated_rms_norm_backward",
@@ -60,6 +61,13 @@ def state_alone(backend: str, K: int = 16, V: int = 16) -> Tensor:
     return ops.attention_state(x.k, x.v, x.decay, 1.0, x.initial_state, False, backend)
 
 
+def history(backend: str, K: int = 16, V: int = 16) -> Tensor:
+    x = make_inputs(B=2, T=5, H=2, K=K, V=V)
+    out = x.v.clone()
+    ops.attention_history(x.q, x.initial_state, x.decay, 1.0, False, out, backend)
+    return out
+
+
 def norm(backend: str, K: int = 16, V: int = 16) -> Tensor:
     x = torch.linspace(-1, 1, 3 * K).reshape(3, K)
     return gated_rms_norm(x, x.flip(0), torch.ones(K), backend=backend)
@@ -84,9 +92,10 @@ CALLS: dict[Callable[..., Tensor], set[str]] = {
     train: {"attention_forward", "attention_backward"},
     decode: {"attention_decode"},
     state_alone: {"attention_state"},
+    history: {"attention_history"},
     norm: {"gated_rms_norm_forward"},
     train_norm: {"gated_rms_norm_forward", "gated_rms_norm_backward"},
-    module: {*RAW} - {"attention_decode", "attention_state"},
+    module: {*RAW} - {"attention_decode", "attention_state", "attention_history"},
 }
 calls = pytest.mark.parametrize("call", CALLS, ids=lambda f: f.__name__)
 Log = list[tuple[str, str]]

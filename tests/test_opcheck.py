@@ -48,6 +48,7 @@ def test_every_operator_is_checked_here() -> None:
         "attention_forward",
         "attention_backward",
         "attention_state",
+        "attention_history",
         "attention_decode",
         "gated_rms_norm_forward",
         "gated_rms_norm_backward",
@@ -95,6 +96,16 @@ def test_opcheck_attention_state(backend: str, dtype: torch.dtype, reverse: bool
     for k, v in ((x.k, x.v), (x.k[:, :0], x.v[:, :0])):
         for initial in (None, x.initial_state):
             opcheck(OPS.attention_state.default, k, v, x.decay, x.scale, initial, reverse, backend)
+
+
+@pytest.mark.op("attention_history")
+@dtypes
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_opcheck_attention_history(backend: str, dtype: torch.dtype, reverse: bool) -> None:
+    """Row 4: also of no tokens."""
+    x = make_inputs(B=2, T=7, H=3, K=5, V=4, dtype=dtype).to(device_of(backend))
+    for q, out in ((x.q, x.v.clone()), (x.q[:, :0], x.v[:, :0].clone())):
+        opcheck(OPS.attention_history.default, q, x.initial_state, x.decay, x.scale, reverse, out, backend)
 
 
 @pytest.mark.op("attention_decode")

@@ -10,6 +10,7 @@ namespace LIGHTNING_ISA {
 void attention_forward(const AttentionForward&);
 void attention_backward(const AttentionBackward&);
 void attention_state(const AttentionState&);
+void attention_history(const AttentionHistory&);
 void attention_decode(const AttentionDecode&);
 void gated_rms_norm_forward(const GatedRMSNorm&);
 void gated_rms_norm_backward(const GatedRMSNorm&);

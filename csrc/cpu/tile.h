@@ -149,6 +149,18 @@ struct Tile {
         store_first(out + i * stride + j, load(spilled[i] + j), columns - j);
   }
 
+  // The tile plus the first `rows` rows and `columns` columns of memory of any type, to there.
+  template <class T>
+  LIGHTNING_INLINE void add_to_rows(T* out, int64_t stride, int64_t rows, int64_t columns) {
+    unroll<kTileRows>([&](auto i) {
+      unroll<Vectors>([&](auto j) {
+        const int64_t left = columns - j * kLanes;
+        if (i < rows && left > 0) acc[i][j] += load_first(out + i * stride + j * kLanes, left);
+      });
+    });
+    store_rows(out, stride, rows, columns);
+  }
+
  private:
   template <class LeftUnit>
   LIGHTNING_INLINE void step(const Unit* b, LeftUnit&& left) {

@@ -10,6 +10,9 @@ Outputs are contiguous and alias no input.
     attention_backward(do, dstate, q, k, v, decay, scale, initial_state, cu_seqlens)
         -> (dq, dk, dv, dinitial_state or None)        # None where there is no initial state
     attention_state(k, v, decay, scale, initial_state, reverse) -> state       # of one dense batch, no outputs; see below
+    attention_history(x, state, decay, scale, reverse, out)
+        # in place, out_t += scale * lambda^(t+1) S^T x_t (reverse: lambda^(T-1-t)) of one dense batch, x [B, T, H, K],
+        # state [B, H, K, V] in the accumulation dtype, out [B, T, H, V] of x's dtype: what a state adds to the tokens after it
     attention_decode(q, k, v, decay, state, slots, scale) -> o                 # state is updated in place
     gated_rms_norm_forward(x, gate, weight, eps) -> (y, rstd)
     gated_rms_norm_backward(dy, x, gate, weight, rstd) -> (dx, dgate, dweight)

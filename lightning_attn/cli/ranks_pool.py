@@ -35,7 +35,8 @@ class Processes:
     """Processes that are ranks of one group. `call` runs a method of `Member` on all of them."""
 
     def __init__(self, size: int, threads: int) -> None:
-        context, port = _context(threads), _free_port()
+        # Not forked: the kernels of a forked process use one thread and keep no memory.
+        context, port = multiprocessing.get_context("spawn"), _free_port()
         self.pipes: list[Any] = []
         self.processes: list[Any] = []
         with _environment(ENVIRONMENT):
@@ -163,17 +164,6 @@ def _serve(rank: int, size: int, port: int, threads: int, pipe: Connection) -> N
             pipe.send(answer)
         except (BrokenPipeError, KeyboardInterrupt):
             return
-
-
-def _context(threads: int) -> Any:
-    """Processes of one thread start from one that has PyTorch imported, where there is fork: quick. Others do not, as kernels
-    use one thread in a process that was forked.
-    """
-    if threads > 1 or "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
 
 
 def _free_port() -> int:

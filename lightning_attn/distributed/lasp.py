@@ -16,7 +16,6 @@ from ..dispatch import accumulation_dtype
 from ..ops.once import once_differentiable
 from ..ops.registry import kernels_of
 from .comm import Ranks, call
-from .history import add_history
 from .lasp_plan import Shard
 from .lasp_plan import shard as plan_of
 
@@ -159,7 +158,7 @@ def _forward(
     entering = _fold(gathered.wait(), plan.entering, decay)
     if entering is not None:
         tokens = slice(0, fragments[0].end)
-        add_history(q[:, tokens], o[:, tokens], entering, decay, task.scale, False)
+        _add_history(q[:, tokens], entering, decay, task.scale, False, o[:, tokens], task)
     if not task.return_state:
         return o, like, entering
     state = like.new_zeros(task.documents, *size)
@@ -211,8 +210,8 @@ def _backward(
     leaving = _fold(gathered.wait(), plan.leaving, decay)
     if leaving is not None:
         tokens = slice(fragments[-1].begin, fragments[-1].end)
-        add_history(k[:, tokens], dv[:, tokens], leaving, decay, 1.0, True)
-        add_history(v[:, tokens], dk[:, tokens], leaving.mT, decay, 1.0, True)
+        _add_history(k[:, tokens], leaving, decay, 1.0, True, dv[:, tokens], task)
+        _add_history(v[:, tokens], leaving.mT, decay, 1.0, True, dk[:, tokens], task)
     if initial_state is None:
         return dq, dk, dv, None
     dinitial = torch.zeros_like(initial_state, memory_format=torch.contiguous_format)
@@ -244,6 +243,13 @@ def _initial(
         )
         rows.append(like.new_zeros(some.shape[-3:]) if row is None else row)
     return torch.stack(rows) if rows else like.new_zeros(0, *some.shape[-3:])
+
+
+def _add_history(
+    x: Tensor, state: Tensor, decay: Tensor, scale: float, reverse: bool, out: Tensor, task: _Task
+) -> None:
+    """What a state [H, K, V] adds to the tokens of `out` [1, L, H, V] after it; `reverse`: its gradient to those before."""
+    ops.attention_history(x, state[None], decay, scale, reverse, out, task.backend)
 
 
 def _fold(states: Tensor, terms: Sequence[tuple[int, int]], decay: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ from .attention import (
     attention_backward,
     attention_decode,
     attention_forward,
+    attention_history,
     attention_state,
 )
 from .moe import (
@@ -35,6 +36,7 @@ __all__ = [
     "attention_backward",
     "attention_decode",
     "attention_forward",
+    "attention_history",
     "attention_state",
     "check_values",
     "gated_rms_norm_backward",

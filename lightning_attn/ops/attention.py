@@ -130,6 +130,25 @@ def attention_state(
     return kernels.attention_state(rows(k), rows(v), dense(decay), scale, dense(initial_state), reverse)
 
 
+def _attention_history_fake(
+    x: Tensor, state: Tensor, decay: Tensor, scale: float, reverse: bool, out: Tensor, backend: str
+) -> None:
+    return None
+
+
+@operator(_attention_history_fake, mutates=("out",))
+def attention_history(
+    x: Tensor, state: Tensor, decay: Tensor, scale: float, reverse: bool, out: Tensor, backend: str
+) -> None:
+    """`out` has a contiguous last dimension, and any other strides."""
+    if check_values(x):
+        validation.attention_values("lightning_attention", decay, None, x.shape[1])
+    kernels = kernels_of(backend, "attention_history", x, accumulation_dtype(x.dtype), out.shape[3])
+    kernels.attention_history(rows(x), state.contiguous(), dense(decay), scale, reverse, out)
+    if not out.is_inference():  # as in attention_decode
+        torch.autograd.graph.increment_version(out)
+
+
 def _attention_decode_fake(
     q: Tensor,
     k: Tensor,

@@ -26,6 +26,7 @@ __all__ = [
     "attention_backward",
     "attention_decode",
     "attention_forward",
+    "attention_history",
     "attention_state",
     "gated_rms_norm_backward",
     "gated_rms_norm_forward",
@@ -158,6 +159,12 @@ def attention_state(
         reverse,
     )
     return state
+
+
+def attention_history(
+    x: Tensor, state: Tensor, decay: Tensor, scale: float, reverse: bool, out: Tensor
+) -> None:
+    _C.attention_history(_shape(x, out, decay, scale, None), _operand(x), _operand(out), _state(state), reverse)
 
 
 def attention_decode(

@@ -34,6 +34,7 @@ __all__ = [
     "attention_backward",
     "attention_decode",
     "attention_forward",
+    "attention_history",
     "attention_state",
     "block_form",
     "gated_rms_norm_backward",
@@ -52,6 +53,7 @@ __all__ = [
 ]
 
 _BLOCK = 64  # of the raw functions, which compute in the accumulation dtype
+_HISTORY = 2048  # tokens at a time: bounds the memory
 
 
 def recurrence(
@@ -172,6 +174,22 @@ def attention_state(
         weights = torch.exp(-s * (i + 1 if reverse else m - 1 - i))  # [H, m, 1]
         state = torch.exp(-s * m) * state + scale * ((k_ * weights).mT @ v_)
     return state
+
+
+@raw
+def attention_history(
+    x: Tensor, state: Tensor, decay: Tensor, scale: float, reverse: bool, out: Tensor
+) -> None:
+    acc = accumulation_dtype(x.dtype)
+    T, tiny = x.shape[1], torch.finfo(acc).smallest_normal
+    for start in range(0, T, _HISTORY):
+        t = torch.arange(start, min(start + _HISTORY, T), device=x.device)
+        distance = T - 1 - t if reverse else t + 1
+        weight = torch.exp(-decay.to(acc)[:, None] * distance)  # [H, n]
+        weight = torch.where(weight < tiny, 0, weight)  # subnormal numbers are slow, and vanish beside a weight of 1
+        tokens = slice(start, start + _HISTORY)
+        rows = x[:, tokens].to(acc).transpose(1, 2) * (scale * weight[..., None])  # [B, H, n, K]
+        out[:, tokens] = (out[:, tokens].to(acc) + (rows @ state).transpose(1, 2)).to(out.dtype)
 
 
 @raw

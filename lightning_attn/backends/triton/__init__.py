@@ -35,6 +35,7 @@ __all__ = [
     "attention_backward",
     "attention_decode",
     "attention_forward",
+    "attention_history",
     "attention_state",
     "gated_rms_norm_backward",
     "gated_rms_norm_forward",
@@ -144,6 +145,13 @@ def attention_state(
     launches, states = attention.state_alone(k, v, initial_state, reverse, call)
     run_all(launches, k.device)
     return states[:, -1].clone()  # not a view, which would keep the others
+
+
+def attention_history(
+    x: Tensor, state: Tensor, decay: Tensor, scale: float, reverse: bool, out: Tensor
+) -> None:
+    if x.numel() and out.numel():
+        run_all(attention.history(x, state, out, reverse, _call(x, decay, scale, None)), x.device)
 
 
 def attention_decode(

@@ -10,12 +10,14 @@ from torch import Tensor
 from . import autotune, config
 from .chunk import chunk_kernel
 from .chunk_backward import chunk_backward_kernel, chunk_backward_split_kernel
+from .chunk_history import chunk_history_kernel
 from .chunk_state import chunk_state_kernel
 from .config import Arch, Segments, Tiles
 from .launch import Launch, operand, state
 from .scan import scan_kernel
 
 SCAN_BLOCK = 1024  # elements of a state
+HISTORY_BLOCKS = 16  # of tokens, for which a program of `history` reads a state once
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,40 @@ def state_alone(
         reverse=False, lag=int(reverse), flipped=reverse,
     )  # fmt: skip
     return launches[:1] if cut.count == 1 else launches, states  # of one segment there is nothing to scan
+
+
+def history(x: Tensor, states: Tensor, out: Tensor, reverse: bool, call: Call) -> list[Launch]:
+    """The launch that adds to `out` what dense `states` add to the tokens after them; T > 0."""
+    K, V = x.shape[3], out.shape[3]
+    B, T, H = call.shape
+    tiles = call.tiles(config.chunk_state, K, V, x)
+    columns, length = -(-V // tiles.value), HISTORY_BLOCKS * tiles.block
+    spans = -(-T // length)
+    programs = B * spans * H * columns
+    arguments = {
+        "x": operand(x),
+        "out": operand(out),
+        "state": state(states),
+        "decay": call.decay,
+        "scale": float(call.scale),
+        "programs": programs,
+        "tokens": T,
+        "heads": H,
+        "spans": spans,
+        "length": length,
+    }
+    tokens = B * T * H
+    launch = Launch(
+        chunk_history_kernel,
+        programs,
+        arguments,
+        {"K": K, "V": V, **_blocks(tiles), "REVERSE": reverse},
+        tiles,
+        bytes=tokens * (K + 2 * V) * x.element_size() + states.nbytes,
+        again=tokens * K * x.element_size() * (columns - 1) + states.nbytes * (spans - 1),
+        flops=tokens * columns * 2 * tiles.key * tiles.value,
+    )
+    return [launch]
 
 
 def _sweep(x: Sweep, call: Call) -> list[Launch]:

@@ -66,6 +66,8 @@ def catalogue(dim: int, dtype: torch.dtype, arch: Arch) -> Iterator[Entry]:
     for reverse in (False, True):
         for launch in state_alone(SPLIT, dim, dtype, arch, reverse=reverse):
             yield Entry("state", "split, states, reverse" if reverse else "split, states", launch)
+        for launch in history(SPLIT, dim, dtype, arch, reverse=reverse):
+            yield Entry("history", "states, reverse" if reverse else "states", launch)
     for launch in decoding(2, 1, 64, dim, dtype, arch):
         yield Entry("decode", "T=1", launch)
     for launch in decoding(2, 4, 64, dim, dtype, arch, state=torch.bfloat16, slots=True):
@@ -96,6 +98,12 @@ def state_alone(shape: Shape, dim: int, dtype: torch.dtype, arch: Arch, *, rever
     """Of the state alone, from an initial state."""
     k, v = (_operand(shape, dim, dtype) for _ in range(2))
     return attention.state_alone(k, v, _state(shape, dim), reverse, _call(shape, arch))[0]
+
+
+def history(shape: Shape, dim: int, dtype: torch.dtype, arch: Arch, *, reverse: bool) -> list[Launch]:
+    """Of what a state adds to outputs."""
+    x, out = (_operand(shape, dim, dtype) for _ in range(2))
+    return attention.history(x, _state(shape, dim), out, reverse, _call(shape, arch))
 
 
 def decoding(
