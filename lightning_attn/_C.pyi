@@ -34,9 +34,7 @@ def attention_backward(
 def attention_state(
     shape: tuple, k: _Operand, v: _Operand, initial: _State, final: _State, reverse: bool
 ) -> None: ...
-def attention_history(
-    shape: tuple, x: _Operand, out: _Operand, states: _State, reverse: bool
-) -> None: ...
+def attention_history(shape: tuple, x: _Operand, out: _Operand, states: _State, reverse: bool) -> None: ...
 def attention_decode(
     shape: tuple,
     q: _Operand,

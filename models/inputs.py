@@ -11,6 +11,7 @@ from lightning_attn import available_backends
 
 from .cache import Cache
 from .config import TextConfig
+from .context import ContextParallel
 
 
 def check_types(
@@ -41,6 +42,10 @@ def check_types(
     if backend != "auto" and available_backends().get(backend) != "ok":
         raise ValueError(
             f"TextModel: expected a backend that can run, got {backend!r}: {available_backends()}"
+        )
+    if context is not None and not isinstance(context, ContextParallel):
+        raise TypeError(
+            f"TextModel: expected context to be a ContextParallel (models.context), got {type(context).__name__}"
         )
     if context is not None and any(x is not None for x in (attention_mask, cu_seqlens, cache)):
         raise ValueError("TextModel: expected context without attention_mask, cu_seqlens and cache, got both")

@@ -5,7 +5,8 @@ experts, data parallelism outside.
 
 The same ranks are looked at in two ways: rank r = d CP + c has the c-th part of the sequences of replica d, and r = (i EP + e) ETP + t the
 t-th slice of the e-th share of the experts. Experts serve the tokens of all ranks of their EP x ETP, whatever replica they
-belong to. Layers may lie on several devices of a rank as without this (`models.placement`): placed first, then made parallel.
+belong to. Layers may lie on several devices of a rank as without this (`models.placement`): placed first, then made parallel. Training wants
+them on one.
 """
 
 from __future__ import annotations

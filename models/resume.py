@@ -1,6 +1,6 @@
 """Training checkpoints: a run to go on from, bit for bit, written by all of its ranks with torch.distributed.checkpoint.
 
-Those of the experts' parameters are split, so the number of ranks and how they are shared out must stay the same. A checkpoint is written
+The experts' parameters are split over ranks, so a run goes on only with as many ranks, shared out alike. A checkpoint is written
 into a directory whose name ends in ".incomplete" and renamed when all of it is there and on the disk: what is there under its
 name is whole. They are for the process that wrote them: torch.distributed.checkpoint reads its own file of metadata
 with pickle, so do not read one that comes from elsewhere; `models.checkpoint` is for models.
@@ -50,14 +50,14 @@ class Checkpoints:
         """Collective. If it fails or is interrupted, those before it are still there, whole."""
         path = self.directory / f"step-{len(run.curve):08d}"
         half = path.with_name(path.name + _HALF)
-        if _first():
+        if is_first():
             self.directory.mkdir(parents=True, exist_ok=True)
             for old in self.directory.glob(f"*{_HALF}"):
                 shutil.rmtree(old)
         _together()
         dcp.save(_tensors(run) | {"run": self._facts(run)}, checkpoint_id=half)
-        if _first():
-            for file in half.iterdir():
+        if is_first():
+            for file in (*half.iterdir(), half):
                 flush(file)
             if path.exists():
                 shutil.rmtree(path)
@@ -72,9 +72,10 @@ class Checkpoints:
 
         Raises ValueError if it is of another run.
         """
-        found = self.complete()
-        if not found:
+        name = self._last()
+        if name is None:
             return False
+        path = self.directory / name
         for p in run.model.parameters():  # what the optimizer makes in its first step
             run.optimizer.state[p] = {
                 "step": torch.zeros(()),
@@ -83,20 +84,27 @@ class Checkpoints:
             }
         tensors, told = _tensors(run), {"run": self._facts(run)}
         mine = told["run"]["facts"]
-        dcp.load(told, checkpoint_id=found[-1])
+        dcp.load(told, checkpoint_id=path)
         if told["run"]["facts"] != mine:
             raise ValueError(
-                f"training checkpoint: expected one of the same run, got {found[-1]} of {told['run']['facts']}, not {mine}: "
+                f"training checkpoint: expected one of the same run, got {path} of {told['run']['facts']}, not {mine}: "
                 "delete it or train elsewhere"
             )
-        dcp.load(tensors, checkpoint_id=found[-1])
+        dcp.load(tensors, checkpoint_id=path)
         run.generator.set_state(tensors["generator"])
         run.curve[:] = told["run"]["curve"]
         return True
 
+    def _last(self) -> str | None:
+        """The name of the last complete one, as the first rank sees it: on a shared file system others may see less."""
+        found: list[Any] = [path.name for path in self.complete()[-1:]] or [None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(found)
+        return found[0]
+
     def clear(self) -> None:
         """Deletes them, when the run is done and its model saved."""
-        if _first():
+        if is_first():
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def _facts(self, run: Run) -> dict[str, Any]:
@@ -120,7 +128,8 @@ def _tensors(run: Run) -> dict[str, Tensor]:
     return found
 
 
-def _first() -> bool:
+def is_first() -> bool:
+    """Whether this is rank 0, or there are no ranks."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 

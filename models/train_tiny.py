@@ -22,7 +22,7 @@ from . import checkpoint
 from .byte_tokenizer import byte_tokenizer
 from .config import LIGHTNING, SOFTMAX, TextConfig
 from .parallel import Sizes, World
-from .resume import Checkpoints
+from .resume import Checkpoints, is_first
 from .saving import replaced
 from .text import CausalLM
 from .training import Recipe, bits_per_byte, even_windows, start, train
@@ -161,13 +161,11 @@ def main(
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     bits = TextColumn("{task.fields[bits]}")
     console = Console(stderr=True)
-    with Progress(
-        *columns, bits, TimeRemainingColumn(), console=console, disable=not _is_first()
-    ) as progress:
+    with Progress(*columns, bits, TimeRemainingColumn(), console=console, disable=not is_first()) as progress:
         train(run, recipe, training, progress, checkpoints)
     seconds = time.perf_counter() - begin
     model = run.side.whole()
-    if _is_first():
+    if is_first():
         click.echo("reading the held-out text", err=True)
         result = bits_per_byte(model.eval(), even_windows(held_out, recipe.length))
         click.echo(f"{result:.3f} bits per byte on held-out text; trained in {seconds:.0f} s")
@@ -219,12 +217,8 @@ def _world(parallel: str | None) -> World | None:
         raise click.BadParameter(str(error), param_hint="--parallel") from None
 
 
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 def _say(text: str) -> None:
-    if _is_first():
+    if is_first():
         click.echo(text)
 
 

@@ -114,6 +114,7 @@ class Across:
         # The experts sum their gradients, those of their gate too.
         self._to_sum = [p for n, p in parameters.items() if not n.startswith(inside)]
         self._split = [p for n, p in parameters.items() if n.startswith(inside) and ".gate." not in n]
+        self._shared = [p for n, p in parameters.items() if not n.startswith(inside) or ".gate." in n]
 
     def loss(self, batch: Tensor, balance: float) -> tuple[Tensor, Tensor]:
         """Replica d takes an even share of the rows of the batch, each of its ranks an even share of their tokens."""
@@ -139,9 +140,9 @@ class Across:
         flat = all_reduce(torch.cat([g.flatten() for g in grads]))
         for g, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             g.copy_(total.view_as(g))
-        every, split = (_squares(_gradients(ps)) for ps in (list(self.model.parameters()), self._split))
-        whole = all_reduce(split)  # over EDP as well, where all have the same
-        norm = (every - split + whole / self.world.edp).sqrt().to(flat.dtype)
+        # The same bits on all ranks, as the parameters that they share must stay the same. Experts count once for each of EDP.
+        split, shared = (_squares(_gradients(ps)) for ps in (self._split, self._shared))
+        norm = (shared + all_reduce(split) / self.world.edp).sqrt().to(flat.dtype)
         nn.utils.clip_grads_with_norm_(self.model.parameters(), MAX_NORM, norm)
 
     def whole(self) -> CausalLM:

@@ -20,12 +20,11 @@ def part(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def total(group: dist.ProcessGroup, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, int]:
     """The sum, and the bytes that came for it."""
-    x = part(dist.get_rank(group), shape, dtype).requires_grad_(dtype.is_floating_point)
-    before = x.detach().clone()
+    x = part(dist.get_rank(group), shape, dtype)
+    before = x.clone()
     with Received(group) as received:
         y = all_reduce(x, group)
     assert_same_bits(x, before)
-    assert not y.requires_grad
     return y, received.total
 
 
@@ -39,6 +38,23 @@ def test_sum(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         for y, received in run_ranks(size, total, shape, dtype):
             assert_same_bits(y, want)
             assert received == 2 * (size - 1) * share * dtype.itemsize
+
+
+def differentiable(group: dist.ProcessGroup) -> str:
+    x = torch.zeros(2, requires_grad=True)
+    with torch.no_grad():
+        assert not all_reduce(x, group).requires_grad
+    try:
+        all_reduce(x, group)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_no_gradient_is_lost() -> None:
+    """What cannot be differentiated does not pretend to be."""
+    for words in run_ranks(2, differentiable):
+        assert words.startswith("all_reduce: expected x without requires_grad")
 
 
 def unequal(group: dist.ProcessGroup) -> str:

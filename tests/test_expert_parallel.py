@@ -108,10 +108,10 @@ def slices(case: Case, rank: int, name: str, whole: Tensor) -> list[tuple[Any, A
 class ReceivedFrom(Received):
     """As its base, for exchanges in several groups."""
 
-    def _received(self, name: str, args: Any) -> int:
+    def _bytes(self, name: str, args: Any) -> int:
         if name == "alltoall_base_":
             self.rank = ProcessGroup.unbox(args[2]).rank()
-        return super()._received(name, args)
+        return super()._bytes(name, args)
 
 
 def run_cases(group: ProcessGroup, cases: list[Case], repeats: int = 1) -> list[Result | None]:

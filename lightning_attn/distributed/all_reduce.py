@@ -13,7 +13,6 @@ from ..validation import types
 from .comm import Ranks, call
 
 
-@torch.no_grad()
 def all_reduce(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """The sum of x over the ranks of a group, of which all call this. Not differentiable.
 
@@ -22,18 +21,24 @@ def all_reduce(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
         group: None is the default group.
 
     Returns:
-        The sum in x's dtype, a new tensor. Each rank receives twice R - 1 parts of x of R.
+        The sum in x's dtype, a new tensor. Each rank receives 2 (R - 1) / R of x's bytes.
 
     Raises:
-        TypeError, ValueError: x is no tensor.
+        TypeError, ValueError: x is no tensor, or requires grad while grad mode is on.
         RankError: the ranks disagree about shape or dtype, or one does not come.
     """
     with call("all_reduce", group) as ranks:
         types("all_reduce", "auto", x=x)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "all_reduce: expected x without requires_grad (the sum is not differentiable: detach it), got a tensor that "
+                "requires grad"
+            )
         ranks.agree({"shape": list(x.shape), "dtype": x.dtype}, x.device)
     return sum_over(ranks, x)
 
 
+@torch.no_grad()
 def sum_over(ranks: Ranks, x: Tensor) -> Tensor:
     """`all_reduce` within a call: each rank sums a part, and tells it to the others."""
     share = -(-x.numel() // ranks.size)

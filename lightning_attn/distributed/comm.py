@@ -2,8 +2,8 @@
 
 Every public function begins with a `call`: the ranks tell each other, through the store of the process group, what they were
 called with. A rank whose arguments differ, that raised, or that does not come becomes a `RankError` on all of them, before
-any tensor is sent. On a CPU that is so at every call; on a GPU, where a call should cost nothing, for arguments not seen
-before, and always with LIGHTNING_ATTN_CHECK=1. What is sent is tensors alone: nothing is added to them for this.
+any tensor is sent. On a CPU that is so at every call; on a GPU for arguments not seen before, for which the host waits for the other
+ranks, and always with LIGHTNING_ATTN_CHECK=1. What is sent is tensors alone: nothing is added to them for this.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import hashlib
 import json
 import os
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -25,11 +28,14 @@ from torch.distributed import ProcessGroup, distributed_c10d
 # Its name from PyTorch 2.13 on, and the one before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _LONGEST = 160  # characters of a fact as it is told; longer ones are told by their hash
+_REMEMBERED = 1024  # calls of a group that a GPU need not compare again
+_VERDICT = "verdict"
 
 
 class RankError(RuntimeError):
-    """A rank did not do as the others: it was called with other arguments, raised, was killed or hung. No rank returns a
-    result of the call, and the process group is of no use any more, as after any failed collective.
+    """A rank did not do as the others: it was called with other arguments, raised, was killed or hung. No rank returns a result of
+    the call. After a disagreement the group can be used again; after a failed exchange it cannot, as after any failed collective.
+    Ranks are numbered as in the group.
     """
 
 
@@ -39,88 +45,122 @@ class Ranks:
     def __init__(self, function: str, group: ProcessGroup) -> None:
         self.function, self.group = function, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.call = 0  # which agreement of the group this is; a backward tells that of its forward, lest two be confused
+        self.number = 0  # of this agreement of the group
 
     # ---- agreement -------------------------------------------------------------------------------------------------
+    #
+    # Each rank posts what it was called with; rank 0 reads all of it and posts the verdict, which the others read: R messages
+    # each way. All under keys of the store with the number of the agreement, which all ranks count alike.
 
     def agree(self, facts: Mapping[str, object], device: torch.device) -> None:
         """Returns when every rank has come with equal `facts`, else raises RankError on every rank."""
-        told = {name: _told(value) for name, value in facts.items()}
         if self.size == 1:
             return
-        seen = (self.group.group_name, self.function, tuple(told.items()))
-        if device.type != "cpu" and seen in _agreed and os.environ.get("LIGHTNING_ATTN_CHECK") != "1":
+        told = {name: _told(value) for name, value in facts.items()}
+        group, seen = _group(self.group), (self.function, *told.items())
+        if device.type != "cpu" and seen in group.agreed and os.environ.get("LIGHTNING_ATTN_CHECK") != "1":
+            group.agreed.move_to_end(seen)
             return
-        self._post({"function": self.function, "facts": told})
-        mine = {"function": self.function, "facts": told}
-        for rank, said in enumerate(self._hear()):
-            if "raised" in said:
-                raise RankError(
-                    f"{self.function}: expected all {self.size} ranks to call it, got {said['raised']} on rank {rank}"
-                )
-            if said["function"] != mine["function"]:
-                raise RankError(
-                    f"{self.function}: expected all {self.size} ranks to call it, got a call of {said['function']} on rank {rank}"
-                )
-            for name in {**told, **said["facts"]}:
-                ours, theirs = told.get(name), said["facts"].get(name)
-                if ours != theirs:
-                    raise RankError(
-                        f"{self.function}: expected the same {name} on all {self.size} ranks, got {ours} on rank {self.rank} "
-                        f"and {theirs} on rank {rank}"
-                    )
+        self._post(json.dumps({"function": self.function, "facts": told}))
+        if self.rank == 0:
+            self._judge()
+        if verdict := self._wait([_VERDICT])[0]:
+            raise RankError(f"{self.function}: expected {verdict}")
+        with (
+            self._failing_store()
+        ):  # rank 0 has read what this one posted, and all have read the verdict before
+            store = _store(self.group)
+            for number in range(group.forgotten + 1, self.number + 1):
+                store.delete_key(_key(number, self.rank))
+                if self.rank == 0:
+                    store.delete_key(_key(number - 1, _VERDICT))
+        group.forgotten = self.number
         if device.type != "cpu":
-            _agreed.add(seen)
+            group.agreed[seen] = None
+            if len(group.agreed) > _REMEMBERED:
+                group.agreed.popitem(last=False)
+            if (
+                not group.joined
+            ):  # NCCL wants all ranks in the first communication of a group, be it point to point
+                self.all_gather(torch.zeros(1, device=device)).wait()
+                group.joined = True
+
+    def backward(self, facts: Mapping[str, object], device: torch.device) -> Ranks:
+        """The agreement before the backward of this call, told from those of other calls."""
+        with call(f"{self.function} backward", self.group) as ranks:
+            forward = {"forward": self.number} if device.type == "cpu" else {}
+            ranks.agree({**facts, **forward}, device)
+        return ranks
 
     def raised(self, error: BaseException) -> None:
         """Tells the others, who may be waiting in `agree`, that this rank does not come."""
         if self.size > 1:
+            words = f"{type(error).__name__}: {error}"
             try:
-                self._post({"raised": f"{type(error).__name__}: {error}"})
+                self._post(json.dumps({"raised": words}))
+                if self.rank == 0:
+                    self._say(f"all {self.size} ranks to call it, got {words} on rank 0")
             except RuntimeError:  # the store is gone, and with it those who could be told
                 pass
 
-    def _post(self, said: Mapping[str, object]) -> None:
-        name = self.group.group_name
-        self.call = _calls[name] = _calls.get(name, 0) + 1
-        with self._told_by_store("to be told of the call"):
-            store = _store(self.group)
-            store.set(_key(self.call, self.rank), json.dumps(said))
-            if (
-                self.call > 2
-            ):  # everybody has come to the call before, so nobody reads the one before that any more
-                store.delete_key(_key(self.call - 2, self.rank))
+    def _post(self, said: str) -> None:
+        group = _group(self.group)
+        group.calls += 1
+        self.number = group.calls
+        with self._failing_store():
+            _store(self.group).set(_key(self.number, self.rank), said)
 
-    def _hear(self) -> list[dict[str, Any]]:
-        with self._told_by_store("to be told of the call"):
+    def _say(self, verdict: str) -> None:
+        with self._failing_store():
+            _store(self.group).set(_key(self.number, _VERDICT), verdict)
+
+    def _judge(self) -> None:
+        """On rank 0: compares what all ranks have posted with its own."""
+        try:
+            posted = self._wait(list(range(self.size)))
+        except RankError as error:
+            self._say(str(error).removeprefix(f"{self.function}: expected "))
+            raise
+        first, *others = map(json.loads, posted)
+        for rank, said in enumerate(others, 1):
+            if "raised" in said:
+                return self._say(f"all {self.size} ranks to call it, got {said['raised']} on rank {rank}")
+            if said["function"] != first["function"]:
+                calls = f"{first['function']} on rank 0 and of {said['function']} on rank {rank}"
+                return self._say(f"all {self.size} ranks to make the same call, got a call of {calls}")
+            for name in {**first["facts"], **said["facts"]}:
+                mine, theirs = first["facts"].get(name), said["facts"].get(name)
+                if mine != theirs:
+                    values = f"{mine} on rank 0 and {theirs} on rank {rank}"
+                    return self._say(f"the same {name} on all {self.size} ranks, got {values}")
+        self._say("")
+
+    def _wait(self, whose: Sequence[int | str]) -> list[str]:
+        """What stands under these keys of this agreement, once all of it does."""
+        limit = timeout(self.group)
+        with self._failing_store():
             store = _store(self.group)
-            keys = [_key(self.call, rank) for rank in range(self.size)]
-            deadline, pause = time.monotonic() + timeout(self.group).total_seconds(), 1e-5
+            keys = [_key(self.number, who) for who in whose]
+            deadline, pause = time.monotonic() + limit.total_seconds(), 1e-5
             while not store.check(keys):  # not store.wait, which would lock the store for other threads
                 if time.monotonic() > deadline:
-                    late = [rank for rank, key in enumerate(keys) if not store.check([key])]
+                    late = [r for r in range(self.size) if not store.check([_key(self.number, r)])]
                     raise RankError(
-                        f"{self.function}: expected all {self.size} ranks to call it within {timeout(self.group)}, "
-                        f"got no call on {_ranks(late)}"
+                        f"{self.function}: expected all {self.size} ranks to call it within {limit}, got no call on {_ranks(late)}"
                     )
                 time.sleep(pause)
                 pause = min(2 * pause, 2e-3)
-            heard = [json.loads(said) for said in store.multi_get(keys)]
-            # Everybody has come to this call, so nobody reads what was told in those before.
-            for call in range(_forgotten.get(self.group.group_name, 0) + 1, self.call):
-                store.delete_key(_key(call, self.rank))
-            _forgotten[self.group.group_name] = self.call - 1
-            return heard
+            return [said.decode() for said in store.multi_get(keys)]
 
     @contextmanager
-    def _told_by_store(self, purpose: str) -> Iterator[None]:
+    def _failing_store(self) -> Iterator[None]:
         try:
             yield
         except RankError:
             raise
         except RuntimeError as error:
             raise RankError(
-                f"{self.function}: expected the store of the process group {purpose}, got {_first_line(error)}"
+                f"{self.function}: expected the store of the process group to answer, got {_first_line(error)}"
             ) from error
 
     # ---- exchanges -------------------------------------------------------------------------------------------------
@@ -194,7 +234,7 @@ def call(function: str, group: ProcessGroup | None) -> Iterator[Ranks]:
     """The beginning of a call of a public function, on the default group for None: validation and `agree` stand in it, so
     that the other ranks are told if this one raises there.
     """
-    if not dist.is_available() or not dist.is_initialized():
+    if not dist.is_initialized():
         raise ValueError(
             f"{function}: expected torch.distributed to be initialised (dist.init_process_group), got none"
         )
@@ -224,17 +264,33 @@ def timeout(group: ProcessGroup) -> timedelta:
     return distributed_c10d.default_pg_timeout
 
 
-_calls: dict[str, int] = {}  # by group: how many agreements it has come to
-_forgotten: dict[str, int] = {}  # by group: up to which of them this rank's words are deleted
-_agreed: set[tuple] = set()
+@dataclass
+class _Group:
+    """What a process remembers of a group."""
+
+    calls: int = 0  # agreements that it has come to
+    forgotten: int = 0  # up to which of them what it posted is deleted
+    agreed: OrderedDict[tuple, None] = field(default_factory=OrderedDict)  # on a GPU, the latest
+    joined: bool = False  # on a GPU: all ranks have communicated
+
+
+_groups: WeakKeyDictionary[ProcessGroup, _Group] = WeakKeyDictionary()
+
+
+def _group(group: ProcessGroup) -> _Group:
+    return _groups.setdefault(group, _Group())
 
 
 def _store(group: ProcessGroup) -> Any:
-    return dist.PrefixStore(f"lightning_attn/{group.group_name}", distributed_c10d._get_default_store())
+    # A store may outlive the processes that torchrun restarts.
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(
+        f"lightning_attn/{life}/{group.group_name}", distributed_c10d._get_default_store()
+    )
 
 
-def _key(call: int, rank: int) -> str:
-    return f"{call}/{rank}"
+def _key(number: int, who: int | str) -> str:
+    return f"{number}/{who}"
 
 
 def _told(value: object) -> str:

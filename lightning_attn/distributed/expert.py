@@ -115,7 +115,7 @@ class ExpertParallel(nn.Module):
                 "need of gradients": needs if save else [],
             }
             ranks.agree(facts, x.device)
-        exchange = self._exchange(_NAME)
+        exchange = self._exchange(ranks)
         if save:
             y = steps.ExpertsFunction.apply(*leaves, experts, exchange, self.groups, backend)
         else:
@@ -147,7 +147,7 @@ class ExpertParallel(nn.Module):
         with steps.call_along(function, self._groups("ep", "etp")) as ranks:
             tensors = {name: (list(w.shape), w.dtype) for name, w in own.items()}
             ranks.agree({"tensors": tensors}, self.gate.weight.device)
-        exchange, whole = self._exchange(function), {"gate.weight": own.pop("gate.weight").clone()}
+        exchange, whole = self._exchange(ranks), {"gate.weight": own.pop("gate.weight").clone()}
         for name, w in own.items():
             slices = w[None] if exchange.etp is None else exchange.etp.all_gather(w).wait()
             w = join(name, slices)
@@ -194,9 +194,11 @@ class ExpertParallel(nn.Module):
         """Those of the mesh along these dimensions that have more ranks than this one."""
         return [self.mesh.get_group(name) for name in dims if _coordinate(self.mesh, name)[0] > 1]
 
-    def _exchange(self, function: str) -> steps.Exchange:
-        ep, etp = ([Ranks(function, group) for group in self._groups(name)] for name in ("ep", "etp"))
-        return steps.Exchange(self.place, ep[0] if ep else None, etp[0] if etp else None)
+    def _exchange(self, lines: steps.Lines) -> steps.Exchange:
+        """Of the ranks along "ep" and "etp", as they have agreed."""
+        found = {line.group: line for line in lines.lines}
+        ep, etp = (next((found[g] for g in self._groups(name)), None) for name in ("ep", "etp"))
+        return steps.Exchange(self.place, ep, etp)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertParallel:
         with scales_kept(self):

@@ -20,6 +20,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .lasp_plan import even_cuts
+
 
 @dataclass(frozen=True)
 class Place:
@@ -112,8 +114,7 @@ def arrivals(table: Tensor, place: Place, rows: int) -> Tensor:
 
 def token_groups(tokens: int, groups: int) -> list[tuple[int, int]]:
     """Contiguous parts of nearly equal size, some empty if there are fewer tokens than groups."""
-    ends = [tokens * i // groups for i in range(groups + 1)]
-    return list(pairwise(ends))
+    return list(pairwise(even_cuts(tokens, groups)))
 
 
 # ---- matrices -----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ first: so the exchange that a group started flies while the experts of an older 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -34,11 +34,16 @@ class Lines:
     def __init__(self, lines: list[Ranks]) -> None:
         self.lines = lines
 
-    def agree(self, facts: Mapping[str, object], device: torch.device) -> None:
-        """`Ranks.agree` for all of them: along one dimension after the other. Who fails along one tells the next."""
+    def agree(
+        self, facts: Mapping[str, object], device: torch.device, forward: Sequence[Ranks] | None = None
+    ) -> None:
+        """`Ranks.agree`, of a backward that of its `forward`, for all of them: along one dimension after the other. Who fails along
+        one tells the next.
+        """
         for i, ranks in enumerate(self.lines):
+            number = {} if forward is None or device.type != "cpu" else {"forward": forward[i].number}
             try:
-                ranks.agree(facts, device)
+                ranks.agree({**facts, **number}, device)
             except RankError as error:
                 for later in self.lines[i + 1 :]:
                     later.raised(error)
@@ -236,7 +241,8 @@ class ExpertsFunction(torch.autograd.Function):
         lines = ctx.exchange.lines
         with call_along(f"{lines[0].function} backward", [line.group for line in lines]) as ranks:
             wanted = [name for name, need in zip(LEAVES, needs, strict=True) if need]
-            ranks.agree({"dtype": x.dtype, "groups": len(kept), "need of gradients": wanted}, x.device)
+            facts = {"dtype": x.dtype, "groups": len(kept), "need of gradients": wanted}
+            ranks.agree(facts, x.device, lines)
         grads = backward(dy, gate_up, down, weights, ctx.exchange, ctx.plans, kept, needs, ctx.backend)
         return *grads, None, None, None, None
 

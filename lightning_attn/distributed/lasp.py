@@ -16,7 +16,7 @@ from ..dispatch import accumulation_dtype
 from ..ops.once import once_differentiable
 from ..ops.registry import kernels_of
 from .comm import Ranks, call
-from .lasp_plan import Shard
+from .lasp_plan import Fragment, Shard
 from .lasp_plan import shard as plan_of
 
 
@@ -39,8 +39,8 @@ def lasp(
 
         S_t = e^{-s} S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t        within each document
 
-    One all-gather of a state per rank while the rank's own tokens are computed, and one in the backward; how many bytes does
-    not depend on the number of tokens (`lasp_plan.lasp_bytes`). Differentiable once in q, k, v and initial_state, through o and the
+    One all-gather of a state per rank while the rank's own tokens are computed, and one in the backward: each rank receives
+    (R - 1) H K V elements of the states' dtype, however many tokens there are. Differentiable once in q, k, v and initial_state, through o and the
     state; nothing but the inputs and the state that enters the rank is kept for the backward. Then every rank must
     call the backward, so the output of a rank without tokens takes part in the loss too (`o.sum()`). A document's result
     does not depend on the contents of any other.
@@ -61,7 +61,7 @@ def lasp(
         return_state: also return the states.
 
     Returns:
-        o [1, L, H, V] in v's dtype; with return_state, (o, state) with state [N, H, K, V], where the state of a document is on
+        o [1, L, H, V] in v's dtype (where a document enters the rank it is rounded twice in 16 bits); with return_state, (o, state) with state [N, H, K, V], where the state of a document is on
         the rank that has its last token, and zero elsewhere: a sum over the ranks is the whole.
 
     Raises:
@@ -150,7 +150,7 @@ def _forward(
         left = like.new_zeros(size)
     gathered = task.ranks.all_gather(left)
 
-    initial = _initial(initial_state, None, fragments, like)
+    initial = _initial(initial_state, None, fragments, like, size)
     o, states = ops.attention_forward(
         q, k, v, decay, task.scale, initial, _offsets(plan, q), task.return_state, task.backend
     )
@@ -183,8 +183,7 @@ def _backward(
     task: _Task,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     plan, fragments = task.plan, task.plan.fragments
-    ranks = Ranks("lasp backward", task.ranks.group)
-    ranks.agree({"forward": task.ranks.call}, q.device)
+    ranks = task.ranks.backward({}, q.device)
     like = q.new_empty(0, dtype=accumulation_dtype(q.dtype))
     size = q.shape[2], q.shape[3], v.shape[3]
     if plan.entering:
@@ -198,11 +197,10 @@ def _backward(
         back = like.new_zeros(size)
     gathered = ranks.all_gather(back)
 
-    initial = _initial(initial_state, entering, fragments, like)
+    initial = _initial(initial_state, entering, fragments, like, size)
     dstates = None
     if dstate is not None:
-        rows = [dstate[f.document] if f.ends else like.new_zeros(size) for f in fragments]
-        dstates = torch.stack(rows) if rows else like.new_zeros(0, *size)
+        dstates = _stacked([dstate[f.document] if f.ends else None for f in fragments], like, size)
     dq, dk, dv, dinitials = ops.attention_backward(
         do, dstates, q, k, v, decay, task.scale, initial, _offsets(plan, q), task.backend
     )
@@ -225,24 +223,28 @@ def _backward(
 
 
 def _initial(
-    initial_state: Tensor | None, entering: Tensor | None, fragments: Sequence[Any], like: Tensor
+    initial_state: Tensor | None,
+    entering: Tensor | None,
+    fragments: Sequence[Fragment],
+    like: Tensor,
+    size: Sequence[int],
 ) -> Tensor | None:
     """The states [fragments, H, K, V] before the fragments, as far as this rank knows them; None: all zero."""
     if initial_state is None and entering is None:
         return None
-    some = entering if initial_state is None else initial_state
-    assert some is not None
-    rows = []
+    known: list[Tensor | None] = []
     for fragment in fragments:
-        row = (
-            entering
-            if not fragment.starts
-            else None
-            if initial_state is None
-            else initial_state[fragment.document]
-        )
-        rows.append(like.new_zeros(some.shape[-3:]) if row is None else row)
-    return torch.stack(rows) if rows else like.new_zeros(0, *some.shape[-3:])
+        if fragment.starts:
+            known.append(None if initial_state is None else initial_state[fragment.document])
+        else:
+            known.append(entering)
+    return _stacked(known, like, size)
+
+
+def _stacked(states: Sequence[Tensor | None], like: Tensor, size: Sequence[int]) -> Tensor:
+    """[fragments, H, K, V]; None is zero."""
+    rows = [like.new_zeros(size) if state is None else state for state in states]
+    return torch.stack(rows) if rows else like.new_zeros(0, *size)
 
 
 def _add_history(

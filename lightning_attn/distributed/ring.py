@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..autocast import autocast
+from ..dispatch import accumulation_dtype
 from ..ops.once import once_differentiable
 from ..validation import ring as validation
 from . import ring_plan
 from .comm import Ranks, call
 from .ring_exchange import pieces, returns
 from .ring_plan import Layout, Plan, Ranges, length, offset
-from .softmax import accumulation_dtype, attend, attend_backward
+from .softmax import attend, attend_backward
 
 
 @torch.compiler.disable
@@ -174,8 +175,7 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         job = ctx.job
         q, k, v, o, lse = ctx.saved_tensors
-        with call(f"{job.ranks.function} backward", job.ranks.group) as ranks:
-            ranks.agree({**job.facts, "forward": job.ranks.call}, q.device)
+        ranks = job.ranks.backward(job.facts, q.device)
         grads = _backward(
             _Job(ranks, job.plan, job.scale, job.method, job.facts),
             do[0].contiguous(), q[0], k[0], v[0], o[0], lse,

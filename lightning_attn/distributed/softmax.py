@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..backends.raw import raw
+from ..dispatch import accumulation_dtype
+
 _aten = torch.ops.aten
 _TILE = 2**24  # scores at a time where no fused kernel is
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
+@raw
 def attend(
     o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, count: int
 ) -> None:
@@ -41,6 +41,7 @@ def attend(
         to_lse.copy_(both)
 
 
+@raw
 def attend_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     causal: bool, scale: float, count: int,

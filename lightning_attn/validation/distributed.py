@@ -1,12 +1,12 @@
 """The errors of what runs across ranks, and what the ranks must agree on."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
-import torch
 from torch import Tensor
 
-from .attention import _cu_seqlens, _decay_values, _initial_state, _tokens
-from .common import dims, same_device
+from .attention import _decay_values, _initial_state, _tokens
+from .common import dims, index, same_device, tensor
 
 
 def lasp(
@@ -25,36 +25,31 @@ def lasp(
     _tokens("lasp", q, k, v, decay, scale)
     if decay.is_cpu:
         _decay_values("lasp", decay)
-    positions("lasp", cuts, size + 1)
+    positions("lasp", cuts, size)
     shard("lasp", q, cuts[rank + 1] - cuts[rank])
-    documents = offsets("lasp", cu_seqlens, q, cuts[-1])
+    offsets = (0, cuts[-1]) if cu_seqlens is None else documents("lasp", cu_seqlens, q)
+    if offsets[-1] != cuts[-1]:
+        raise ValueError(f"lasp: expected cuts to end at T = {offsets[-1]}, got {cuts[-1]}")
     if initial_state is not None:
         _, _, H, K = q.shape
-        _initial_state(
-            "lasp", "initial_state", initial_state, (len(documents) - 1, H, K, v.shape[3]), q.dtype
-        )
+        _initial_state("lasp", "initial_state", initial_state, (len(offsets) - 1, H, K, v.shape[3]), q.dtype)
         same_device("lasp", "initial_state", initial_state, "q", q)
-    return documents
+    return offsets
 
 
-def positions(function: str, cuts: Sequence[int], count: int) -> None:
-    """That cuts are `count` positions that start at 0 and do not decrease."""
-    if not isinstance(cuts, Sequence) or isinstance(cuts, str):
-        raise TypeError(f"{function}: expected cuts to be a list of int, got {type(cuts).__name__}")
-    for i, cut in enumerate(cuts):
-        if not isinstance(cut, int) or isinstance(cut, bool):
-            raise TypeError(
-                f"{function}: expected cuts to be a list of int, got {type(cut).__name__} at index {i}"
-            )
-    if len(cuts) != count:
-        raise ValueError(f"{function}: expected {count} cuts, got {len(cuts)}")
+def positions(function: str, cuts: Sequence[int], pieces: int) -> tuple[int, ...]:
+    """cuts, one more than there are pieces: they start at 0 and do not decrease."""
+    what = "cuts to be a list of int"
+    if not isinstance(cuts, (list, tuple)):
+        raise TypeError(f"{function}: expected {what}, got {type(cuts).__name__}")
+    for cut in cuts:
+        integer(function, what, cut)
+    if len(cuts) != pieces + 1:
+        raise ValueError(f"{function}: expected {pieces + 1} cuts for {pieces} pieces, got {len(cuts)}")
     if cuts[0] != 0:
         raise ValueError(f"{function}: expected cuts to start at 0, got {cuts[0]}")
-    for i in range(len(cuts) - 1):
-        if cuts[i + 1] < cuts[i]:
-            raise ValueError(
-                f"{function}: expected cuts not to decrease, got {cuts[i]} then {cuts[i + 1]} at index {i}"
-            )
+    not_decreasing(function, "cuts", cuts)
+    return tuple(cuts)
 
 
 def shard(function: str, q: Tensor, tokens: int) -> None:
@@ -65,20 +60,28 @@ def shard(function: str, q: Tensor, tokens: int) -> None:
         )
 
 
-def offsets(function: str, cu_seqlens: Tensor | None, like: Tensor, T: int) -> tuple[int, ...]:
-    """cu_seqlens on the host, checked. From a GPU that waits for the device; None is one document."""
-    if cu_seqlens is None:
-        return 0, T
-    place = like if isinstance(cu_seqlens, Tensor) and not cu_seqlens.is_cpu else torch.empty(0)
-    _cu_seqlens(function, cu_seqlens, place)
-    found = tuple(cu_seqlens.tolist())
-    if found[0] != 0:
-        raise ValueError(f"{function}: expected cu_seqlens to start at 0, got {found[0]}")
-    if found[-1] != T:
-        raise ValueError(f"{function}: expected cu_seqlens to end where the cuts do, at {T}, got {found[-1]}")
-    for i in range(len(found) - 1):
-        if found[i + 1] < found[i]:
+def documents(function: str, cu_seqlens: Tensor, like: Tensor) -> tuple[int, ...]:
+    """The offsets of the documents on the host: from `like`'s device that waits for it."""
+    tensor(function, "cu_seqlens", cu_seqlens)
+    index(function, "cu_seqlens", cu_seqlens, cu_seqlens if cu_seqlens.is_cpu else like)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{function}: expected cu_seqlens of shape [N + 1], got {dims(cu_seqlens)}")
+    offsets = tuple(cu_seqlens.tolist())
+    if offsets[0] != 0:
+        raise ValueError(f"{function}: expected cu_seqlens to start at 0, got {offsets[0]}")
+    not_decreasing(function, "cu_seqlens", offsets)
+    return offsets
+
+
+def integer(function: str, what: str, x: object) -> None:
+    """That x, in something that is to be `what`, is an int."""
+    if not isinstance(x, int) or isinstance(x, bool):
+        raise TypeError(f"{function}: expected {what}, got {type(x).__name__} in it")
+
+
+def not_decreasing(function: str, name: str, values: Sequence[int]) -> None:
+    for i, (one, other) in enumerate(pairwise(values)):
+        if other < one:
             raise ValueError(
-                f"{function}: expected cu_seqlens not to decrease, got {found[i]} then {found[i + 1]} at index {i}"
+                f"{function}: expected {name} not to decrease, got {one} then {other} at index {i}"
             )
-    return found

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
-from .common import dims, floating, index, number, same_device, tensor
+from .common import dims, floating, number, same_device, tensor
+from .distributed import documents, integer, not_decreasing, positions
 
 _METHODS = ("ring", "all_gather")
 
@@ -46,36 +46,14 @@ def ring_documents(function: str, cu_seqlens: Tensor | None, end: int, like: Ten
     """The offsets of the documents; without cu_seqlens of the one that ends at `end`."""
     if cu_seqlens is None:
         return (0, end)
-    tensor(function, "cu_seqlens", cu_seqlens)
-    if cu_seqlens.device.type != "cpu":
-        index(function, "cu_seqlens", cu_seqlens, like)
-    elif cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{function}: expected cu_seqlens of dtype int32 or int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"{function}: expected cu_seqlens of shape [N + 1], got {dims(cu_seqlens)}")
-    offsets = tuple(cu_seqlens.tolist())
-    if offsets[0] != 0:
-        raise ValueError(f"{function}: expected cu_seqlens to start at 0, got {offsets[0]}")
-    _not_decreasing(function, "cu_seqlens", offsets)
-    return offsets
+    return documents(function, cu_seqlens, like)
 
 
 def ring_cuts(function: str, cuts: Sequence[int], zigzag: bool, ranks: int) -> tuple[int, ...]:
     """The cuts, one more than there are pieces."""
     if not isinstance(zigzag, bool):
         raise TypeError(f"{function}: expected zigzag to be a bool, got {type(zigzag).__name__}")
-    if not isinstance(cuts, (list, tuple)):
-        raise TypeError(f"{function}: expected cuts to be a list of int, got {type(cuts).__name__}")
-    for cut in cuts:
-        _int(function, "cuts to be a list of int", cut)
-    count = (2 * ranks if zigzag else ranks) + 1
-    if len(cuts) != count:
-        kind = "2R + 1" if zigzag else "R + 1"
-        raise ValueError(f"{function}: expected {kind} = {count} cuts for R = {ranks} ranks, got {len(cuts)}")
-    if cuts[0] != 0:
-        raise ValueError(f"{function}: expected cuts to start at 0, got {cuts[0]}")
-    _not_decreasing(function, "cuts", cuts)
-    return tuple(cuts)
+    return positions(function, cuts, 2 * ranks if zigzag else ranks)
 
 
 def ring_layout(
@@ -94,9 +72,9 @@ def ring_layout(
             if not isinstance(one, (list, tuple)) or len(one) != 2:
                 raise TypeError(f"{function}: expected {what}, got {one!r} in it")
             for bound in one:
-                _int(function, what, bound)
+                integer(function, what, bound)
         bounds = [bound for one in ranges for bound in one]
-        _not_decreasing(function, f"the bounds of a rank's {name}", [0, *bounds])
+        not_decreasing(function, f"the bounds of a rank's {name}", [0, *bounds])
     held = sorted((begin, end) for ranges in layout for begin, end in ranges if begin < end)
     for (_, end), (begin, _) in pairwise(held):
         if begin < end:
@@ -118,16 +96,3 @@ def ring_end(function: str, name: str, end: int, total: int, exact: bool) -> Non
         raise ValueError(
             f"{function}: expected {name} to end at {'' if exact else 'most '}T = {total}, got {end}"
         )
-
-
-def _int(function: str, what: str, x: object) -> None:
-    if not isinstance(x, int) or isinstance(x, bool):
-        raise TypeError(f"{function}: expected {what}, got {type(x).__name__} in it")
-
-
-def _not_decreasing(function: str, name: str, values: Sequence[int]) -> None:
-    for i, (one, next_) in enumerate(pairwise(values)):
-        if next_ < one:
-            raise ValueError(
-                f"{function}: expected {name} not to decrease, got {one} then {next_} at index {i}"
-            )

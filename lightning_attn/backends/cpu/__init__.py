@@ -164,7 +164,9 @@ def attention_state(
 def attention_history(
     x: Tensor, state: Tensor, decay: Tensor, scale: float, reverse: bool, out: Tensor
 ) -> None:
-    _C.attention_history(_shape(x, out, decay, scale, None), _operand(x), _operand(out), _state(state), reverse)
+    _C.attention_history(
+        _shape(x, out, decay, scale, None), _operand(x), _operand(out), _state(state), reverse
+    )
 
 
 def attention_decode(

@@ -186,7 +186,9 @@ def attention_history(
         t = torch.arange(start, min(start + _HISTORY, T), device=x.device)
         distance = T - 1 - t if reverse else t + 1
         weight = torch.exp(-decay.to(acc)[:, None] * distance)  # [H, n]
-        weight = torch.where(weight < tiny, 0, weight)  # subnormal numbers are slow, and vanish beside a weight of 1
+        weight = torch.where(
+            weight < tiny, 0, weight
+        )  # subnormal numbers are slow, and vanish beside a weight of 1
         tokens = slice(start, start + _HISTORY)
         rows = x[:, tokens].to(acc).transpose(1, 2) * (scale * weight[..., None])  # [B, H, n, K]
         out[:, tokens] = (out[:, tokens].to(acc) + (rows @ state).transpose(1, 2)).to(out.dtype)
