@@ -44,7 +44,8 @@ class Checkpoints:
 
     def complete(self) -> list[Path]:
         """Those that are whole, the oldest first."""
-        return sorted(p for p in self.directory.glob("step-*") if p.suffix != _HALF and p.is_dir())
+        found = (p for p in self.directory.glob("step-*") if p.suffix != _HALF)
+        return sorted(p for p in found if (p / ".metadata").is_file())  # which is written last
 
     def save(self, run: Run) -> None:
         """Collective. If it fails or is interrupted, those before it are still there, whole."""
@@ -60,11 +61,11 @@ class Checkpoints:
             for file in (*half.iterdir(), half):
                 flush(file)
             if path.exists():
-                shutil.rmtree(path)
+                _remove(path)
             os.replace(half, path)
             flush(self.directory)
             for old in self.complete()[:-_KEPT]:
-                shutil.rmtree(old)
+                _remove(old)
         _together()
 
     def load(self, run: Run) -> bool:
@@ -105,6 +106,8 @@ class Checkpoints:
     def clear(self) -> None:
         """Deletes them, when the run is done and its model saved."""
         if is_first():
+            for path in self.complete():
+                _remove(path)
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def _facts(self, run: Run) -> dict[str, Any]:
@@ -126,6 +129,13 @@ def _tensors(run: Run) -> dict[str, Tensor]:
         for what, value in run.optimizer.state[p].items():
             found[f"optimizer.{what}.{key}{name}"] = value
     return found
+
+
+def _remove(path: Path) -> None:
+    """A checkpoint, which is not there under its name when it is no longer whole."""
+    half = path.with_name(f"old-{path.name}{_HALF}")
+    os.replace(path, half)
+    shutil.rmtree(half)
 
 
 def is_first() -> bool:

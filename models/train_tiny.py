@@ -145,7 +145,10 @@ def main(
         f"{parameters:,} parameters, {len(training):,} bytes, {recipe.batch * recipe.length:,} of them a step"
     )
     begin = time.perf_counter()
-    run = start(CONFIG, recipe, world)
+    try:
+        run = start(CONFIG, recipe, world)
+    except ValueError as error:  # experts that cannot be shared out so
+        raise click.BadParameter(str(error), param_hint="--parallel") from None
     facts = {
         "recipe": asdict(recipe),
         "config": CONFIG.to_dict(),

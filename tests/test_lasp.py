@@ -313,6 +313,22 @@ def test_overlap() -> None:
         assert said == ["all_gather", "attention_forward", "wait", "all_gather", "attention_backward", "wait"]
 
 
+def beyond_float16(group: dist.ProcessGroup) -> Tensor:
+    """o of this rank: what came before brings its own part, 70,000, back into the range."""
+    v = torch.full((1, 2, 1, 1), (-20000.0, 35000.0)[dist.get_rank(group)], dtype=torch.float16)
+    one = torch.ones_like(v)
+    o = lasp(one, one, v, torch.zeros(1), cu_seqlens=None, cuts=[0, 2, 4], group=group)
+    assert isinstance(o, Tensor)
+    return o.flatten()
+
+
+def test_parts_beyond_float16() -> None:
+    """Nothing overflows that does not in one process."""
+    first, second = run_ranks(2, beyond_float16)
+    assert first.tolist() == [-20000, -40000]
+    assert second.tolist() == [-4992, 30016]  # -5000 and 30000, as float16 has them
+
+
 def test_repeatable() -> None:
     """Two runs give the same bits."""
     x = make_inputs(H=3, K=32, V=48, lengths=PACKED)

@@ -173,6 +173,20 @@ def test_another_number_of_experts() -> None:
         assert kind == "RankError" and "expected the same E" in words
 
 
+def out_of_range(group: dist.ProcessGroup, expert: int) -> tuple[str, str]:
+    wrong = dist.get_rank(group) == WRONG
+    experts = torch.full((3, 2), expert if wrong else 0, dtype=torch.int32)
+    return told(lambda: load_balancing_share(torch.zeros(3, 4), experts, group))
+
+
+@pytest.mark.parametrize("expert", [-1, 4, 5])
+def test_an_expert_that_is_none(expert: int) -> None:
+    answers = run_ranks(SIZE, out_of_range, expert)
+    for rank, (kind, words) in enumerate(answers):
+        assert kind == ("ValueError" if rank == WRONG else "RankError")
+        assert f"load_balancing_share: expected experts in [0, 4), got {expert}" in words
+
+
 # ---- ranks that are gone ---------------------------------------------------------------------------------------------
 
 
@@ -184,7 +198,7 @@ def doomed() -> Iterator[Pool]:
 
 def together(group: dist.ProcessGroup) -> None:
     """A barrier with more patience than the group has: processes take time to start."""
-    store = dist.PrefixStore("together", comm._store(group))
+    store = dist.PrefixStore("together", comm._group(group).store)
     store.set(str(dist.get_rank(group)), "here")
     store.wait([str(rank) for rank in range(dist.get_world_size(group))], timedelta(seconds=100))
 
@@ -273,7 +287,7 @@ def test_agreement_costs_a_gpu_nothing() -> None:
 
 
 def many(group: dist.ProcessGroup) -> int:
-    store = comm._store(group)
+    store = comm._group(group).store
     with comm.call("f", group) as ranks:
         ranks.agree({}, torch.device("cpu"))
     dist.barrier(group)

@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16", "float16")
     help="Processes that share a sequence.",
 )
 @click.option(
-    "--tokens", type=click.IntRange(1), default=65536, show_default=True, help="Of the whole sequence."
+    "--tokens", type=click.IntRange(64), default=65536, show_default=True, help="Of the whole sequence."
 )
 @click.option(
     "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of all tensors."

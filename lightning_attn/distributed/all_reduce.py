@@ -12,6 +12,11 @@ from ..dispatch import accumulation_dtype
 from ..validation import types
 from .comm import Ranks, call
 
+_DTYPES = (
+    *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+)
+
 
 def all_reduce(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """The sum of x over the ranks of a group, of which all call this. Not differentiable.
@@ -24,11 +29,15 @@ def all_reduce(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
         The sum in x's dtype, a new tensor. Each rank receives 2 (R - 1) / R of x's bytes.
 
     Raises:
-        TypeError, ValueError: x is no tensor, or requires grad while grad mode is on.
+        TypeError, ValueError: x is no tensor or of another dtype, or requires grad while grad mode is on.
         RankError: the ranks disagree about shape or dtype, or one does not come.
     """
     with call("all_reduce", group) as ranks:
         types("all_reduce", "auto", x=x)
+        if x.dtype not in _DTYPES:
+            raise TypeError(
+                f"all_reduce: expected x of a floating (16 bits or more) or integer dtype, got {x.dtype}"
+            )
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 "all_reduce: expected x without requires_grad (the sum is not differentiable: detach it), got a tensor that "

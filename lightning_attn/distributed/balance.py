@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..dispatch import accumulation_dtype
+from ..ops import check_values
 from ..validation import expert_parallel as validation
+from ..validation import moe_mlp_values
 from .comm import call
 
 
@@ -29,18 +31,18 @@ def load_balancing_share(logits: Tensor, experts: Tensor, group: ProcessGroup | 
         A float32 scalar (float64 for float64 logits), differentiable in the logits. No gradient goes through f.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong type, dtype, shape or device.
+        TypeError, ValueError: an argument of a wrong type, dtype, shape, device or, on a CPU, value.
         RankError: the ranks disagree about E or k, or one of them does not come.
     """
     with call("load_balancing_share", group) as ranks:
         validation.load_balancing_share(logits, experts)
         T, E = logits.shape
+        if check_values(experts):
+            moe_mlp_values(experts, E, "load_balancing_share")
         ranks.agree({"E": E, "k": experts.shape[1]}, logits.device)
     chosen = experts.flatten().long()
-    told = chosen.new_zeros(E + 1).index_add(
-        0, chosen, torch.ones_like(chosen)
-    )  # float32 cannot count beyond 2^24
-    told[E] = T
+    one = torch.ones_like(chosen)  # float32 cannot count beyond 2^24
+    told = torch.cat([chosen.new_zeros(E).index_add(0, chosen, one), chosen.new_full((1,), T)])
     total = ranks.all_gather(told).wait().sum(0)
     dtype = accumulation_dtype(logits.dtype)
     m = logits.softmax(-1, dtype=dtype).sum(0)

@@ -57,7 +57,9 @@ class Ranks:
         if self.size == 1:
             return
         told = {name: _told(value) for name, value in facts.items()}
-        group, seen = _group(self.group), (self.function, *told.items())
+        with self._failing_store():
+            group = _group(self.group)
+        seen = (self.function, *told.items())
         if device.type != "cpu" and seen in group.agreed and os.environ.get("LIGHTNING_ATTN_CHECK") != "1":
             group.agreed.move_to_end(seen)
             return
@@ -69,7 +71,7 @@ class Ranks:
         with (
             self._failing_store()
         ):  # rank 0 has read what this one posted, and all have read the verdict before
-            store = _store(self.group)
+            store = group.store
             for number in range(group.forgotten + 1, self.number + 1):
                 store.delete_key(_key(number, self.rank))
                 if self.rank == 0:
@@ -104,15 +106,15 @@ class Ranks:
                 pass
 
     def _post(self, said: str) -> None:
-        group = _group(self.group)
-        group.calls += 1
-        self.number = group.calls
         with self._failing_store():
-            _store(self.group).set(_key(self.number, self.rank), said)
+            group = _group(self.group)
+            group.calls += 1
+            self.number = group.calls
+            group.store.set(_key(self.number, self.rank), said)
 
     def _say(self, verdict: str) -> None:
         with self._failing_store():
-            _store(self.group).set(_key(self.number, _VERDICT), verdict)
+            _group(self.group).store.set(_key(self.number, _VERDICT), verdict)
 
     def _judge(self) -> None:
         """On rank 0: compares what all ranks have posted with its own."""
@@ -139,7 +141,7 @@ class Ranks:
         """What stands under these keys of this agreement, once all of it does."""
         limit = timeout(self.group)
         with self._failing_store():
-            store = _store(self.group)
+            store = _group(self.group).store
             keys = [_key(self.number, who) for who in whose]
             deadline, pause = time.monotonic() + limit.total_seconds(), 1e-5
             while not store.check(keys):  # not store.wait, which would lock the store for other threads
@@ -268,6 +270,7 @@ def timeout(group: ProcessGroup) -> timedelta:
 class _Group:
     """What a process remembers of a group."""
 
+    store: Any
     calls: int = 0  # agreements that it has come to
     forgotten: int = 0  # up to which of them what it posted is deleted
     agreed: OrderedDict[tuple, None] = field(default_factory=OrderedDict)  # on a GPU, the latest
@@ -278,15 +281,15 @@ _groups: WeakKeyDictionary[ProcessGroup, _Group] = WeakKeyDictionary()
 
 
 def _group(group: ProcessGroup) -> _Group:
-    return _groups.setdefault(group, _Group())
-
-
-def _store(group: ProcessGroup) -> Any:
-    # A store may outlive the processes that torchrun restarts.
-    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(
-        f"lightning_attn/{life}/{group.group_name}", distributed_c10d._get_default_store()
-    )
+    if group not in _groups:
+        # Names of groups come again after destroy_process_group, and a store may outlive the processes that torchrun restarts.
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(
+            f"lightning_attn/{life}/{group.group_name}", distributed_c10d._get_default_store()
+        )
+        again = store.add(f"made/{dist.get_rank(group)}", 1)
+        _groups[group] = _Group(dist.PrefixStore(str(again), store))
+    return _groups[group]
 
 
 def _key(number: int, who: int | str) -> str:

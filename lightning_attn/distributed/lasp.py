@@ -39,7 +39,7 @@ def lasp(
 
         S_t = e^{-s} S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t        within each document
 
-    One all-gather of a state per rank while the rank's own tokens are computed, and one in the backward: each rank receives
+    One all-gather of a state per rank while the rank's own tokens are computed (float16 waits for it), and one in the backward: each rank receives
     (R - 1) H K V elements of the states' dtype, however many tokens there are. Differentiable once in q, k, v and initial_state, through o and the
     state; nothing but the inputs and the state that enters the rank is kept for the backward. Then every rank must
     call the backward, so the output of a rank without tokens takes part in the loss too (`o.sum()`). A document's result
@@ -150,24 +150,25 @@ def _forward(
         left = like.new_zeros(size)
     gathered = task.ranks.all_gather(left)
 
-    initial = _initial(initial_state, None, fragments, like, size)
+    entering = _fold(gathered.wait(), plan.entering, decay) if _waits(q) else None
+    initial = _initial(initial_state, entering, fragments, like, size)
     o, states = ops.attention_forward(
         q, k, v, decay, task.scale, initial, _offsets(plan, q), task.return_state, task.backend
     )
 
-    entering = _fold(gathered.wait(), plan.entering, decay)
-    if entering is not None:
+    added = None if _waits(q) else _fold(gathered.wait(), plan.entering, decay)
+    entering = entering if added is None else added
+    if added is not None:
         tokens = slice(0, fragments[0].end)
-        _add_history(q[:, tokens], entering, decay, task.scale, False, o[:, tokens], task)
+        _add_history(q[:, tokens], added, decay, task.scale, False, o[:, tokens], task)
     if not task.return_state:
         return o, like, entering
     state = like.new_zeros(task.documents, *size)
     for fragment, row in zip(fragments, states, strict=True):
         if fragment.ends:
             state[fragment.document] = row
-            if not fragment.starts:
-                assert entering is not None
-                state[fragment.document] += _decayed(entering, decay, fragment.end)
+            if not fragment.starts and added is not None:
+                state[fragment.document] += _decayed(added, decay, fragment.end)
     return o, state, entering
 
 
@@ -198,27 +199,30 @@ def _backward(
     gathered = ranks.all_gather(back)
 
     initial = _initial(initial_state, entering, fragments, like, size)
+    leaving = _fold(gathered.wait(), plan.leaving, decay) if _waits(q) else None
     dstates = None
-    if dstate is not None:
-        dstates = _stacked([dstate[f.document] if f.ends else None for f in fragments], like, size)
+    if dstate is not None or leaving is not None:
+        seeds = [dstate[f.document] if f.ends and dstate is not None else None for f in fragments]
+        if leaving is not None:
+            seeds[-1] = leaving
+        dstates = _stacked(seeds, like, size)
     dq, dk, dv, dinitials = ops.attention_backward(
         do, dstates, q, k, v, decay, task.scale, initial, _offsets(plan, q), task.backend
     )
 
-    leaving = _fold(gathered.wait(), plan.leaving, decay)
-    if leaving is not None:
+    added = None if _waits(q) else _fold(gathered.wait(), plan.leaving, decay)
+    if added is not None:
         tokens = slice(fragments[-1].begin, fragments[-1].end)
-        _add_history(k[:, tokens], leaving, decay, 1.0, True, dv[:, tokens], task)
-        _add_history(v[:, tokens], leaving.mT, decay, 1.0, True, dk[:, tokens], task)
+        _add_history(k[:, tokens], added, decay, 1.0, True, dv[:, tokens], task)
+        _add_history(v[:, tokens], added.mT, decay, 1.0, True, dk[:, tokens], task)
     if initial_state is None:
         return dq, dk, dv, None
     dinitial = torch.zeros_like(initial_state, memory_format=torch.contiguous_format)
     for fragment, row in zip(fragments, dinitials, strict=True):
         if fragment.starts:
             dinitial[fragment.document] = row
-            if not fragment.ends:
-                assert leaving is not None
-                dinitial[fragment.document] += _decayed(leaving, decay, fragment.end - fragment.begin)
+            if not fragment.ends and added is not None:
+                dinitial[fragment.document] += _decayed(added, decay, fragment.end - fragment.begin)
     return dq, dk, dv, dinitial
 
 
@@ -245,6 +249,13 @@ def _stacked(states: Sequence[Tensor | None], like: Tensor, size: Sequence[int])
     """[fragments, H, K, V]; None is zero."""
     rows = [like.new_zeros(size) if state is None else state for state in states]
     return torch.stack(rows) if rows else like.new_zeros(0, *size)
+
+
+def _waits(x: Tensor) -> bool:
+    """Whether the kernels wait for the states of the other ranks. A rank's own part of a result may be beyond float16 where the
+    whole is not.
+    """
+    return x.dtype == torch.float16
 
 
 def _add_history(

@@ -158,14 +158,13 @@ def _prepare(
 def _run(job: _Job, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if job.facts["need of gradients"]:
         return _RingAttention.apply(job, q, k, v)
-    return _forward(job, q[0], k[0], v[0])[0][None]
+    return _forward(job, q[0], k[0], v[0])[0]
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: _Job, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         o, lse = _forward(job, q[0], k[0], v[0])
-        o = o[None]
         ctx.job = job
         ctx.save_for_backward(q, k, v, o, lse)
         return o
@@ -184,10 +183,13 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _forward(job: _Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """q [L, H, D], k [M, G, D], v [M, G, D_v] -> o [L, H, D_v], lse [L, H] in the dtype of accumulation."""
+    """q [L, H, D], k [M, G, D], v [M, G, D_v] -> o [1, L, H, D_v], lse [L, H] in the dtype of accumulation."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     dtype = accumulation_dtype(q.dtype)
-    o = q.new_zeros(*q.shape[:2], v.shape[2], dtype=dtype)
+    whole = q.new_zeros(
+        1, *q.shape[:2], v.shape[2], dtype=dtype
+    )  # not a view, which could not be changed in place
+    o = whole[0]
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=dtype)
     for piece in pieces(job.method, job.ranks, job.plan, k, v):
         for block, queries, keys in _blocks(job, piece.owner, piece.rows):
@@ -195,7 +197,7 @@ def _forward(job: _Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
                 o[queries], lse[queries], q[queries], piece.k[keys], piece.v[keys],
                 block.causal, job.scale, block.times,
             )  # fmt: skip
-    return o.to(q.dtype), lse
+    return whole.to(q.dtype), lse
 
 
 def _backward(

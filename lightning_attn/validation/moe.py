@@ -109,13 +109,13 @@ def moe_mlp(
                 )
 
 
-def moe_mlp_values(experts: Tensor, E: int) -> None:
+def moe_mlp_values(experts: Tensor, E: int, function: str = "moe_mlp") -> None:
     """That every expert is one."""
     if experts.numel() == 0:
         return
     low, high = (int(x) for x in torch.aminmax(experts))
     if not 0 <= low <= high < E:
-        raise ValueError(f"moe_mlp: expected experts in [0, {E}), got {low if low < 0 else high}")
+        raise ValueError(f"{function}: expected experts in [0, {E}), got {low if low < 0 else high}")
 
 
 def quantize_experts(gate_up: Tensor, down: Tensor) -> None:
