@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from ranks_support import Received, run_ranks
 from support import Result, assert_close_to_truth, assert_same_bits, error
 from torch import Tensor
@@ -209,13 +210,31 @@ def test_chunked_prefill(ranks: int) -> None:
     run_ranks(ranks, against_one_process, range(1000 * ranks, 1000 * ranks + 40), random_layout_case)
 
 
+def sdpa(case: Case, x: dict[str, Tensor]) -> Result:
+    """PyTorch's scaled_dot_product_attention, document by document, and its gradients."""
+    leaves = {name: x[name].detach().requires_grad_() for name in ("q", "k", "v")}
+    q, k, v = (y.transpose(1, 2) for y in leaves.values())
+    parts = [x["do"][:, :0]]
+    for a, b in itertools.pairwise(case.offsets):
+        here = (y[:, :, a:b] for y in (q, k, v))
+        o = F.scaled_dot_product_attention(*here, is_causal=True, scale=case.scale, enable_gqa=True)
+        parts.append(o.transpose(1, 2))
+    o = torch.cat(parts, 1)
+    grads = torch.autograd.grad(o, list(leaves.values()), x["do"])
+    return {"o": o.detach(), **{f"d{n}": g for n, g in zip(leaves, grads, strict=True)}}
+
+
 def errors_in_float32(group: dist.ProcessGroup, seeds: range) -> dict[str, tuple[float, float]]:
-    """The largest error over the cases of each of this rank's results, and that of plain PyTorch in float32."""
+    """The largest error over the cases of each of this rank's results, and that of PyTorch's attention in one process."""
     rank, found = dist.get_rank(group), {n: (0.0, 0.0) for n in ("o", "dq", "dk", "dv")}
     for seed in seeds:
         case = replace(random_case(seed, dist.get_world_size(group)), dtype=torch.float32)
+        if case.scale is not None and case.scale <= 0:  # of which PyTorch's kernel makes NaN
+            case = replace(case, scale=None)
         x = inputs(case)
-        truth, usual = plain(case, {n: y.double() for n, y in x.items()}), plain(case, x)
+        if not case.offsets[-1]:
+            continue
+        truth, usual = plain(case, {n: y.double() for n, y in x.items()}), sdpa(case, x)
         exact, theirs = share(case, rank, truth), share(case, rank, usual)
         for name, y in ring(group, case, x).items():
             assert y.dtype == torch.float32 and y.shape == exact[name].shape, case
@@ -228,7 +247,9 @@ def errors_in_float32(group: dist.ProcessGroup, seeds: range) -> dict[str, tuple
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 5])
 def test_against_one_process_in_float32(ranks: int) -> None:
-    """90 random packings and cuts: the largest error over all is at most twice that of plain PyTorch, plus epsilon."""
+    """90 random packings and cuts: the largest error over all is at most twice that of PyTorch's attention, plus epsilon. (Its fused
+    kernel, which is in both, is less exact than the plain formula.)
+    """
     answers = run_ranks(ranks, errors_in_float32, range(1000 * ranks, 1000 * ranks + 90))
     for name in answers[0]:
         ours, theirs = (max(answer[name][i] for answer in answers) for i in (0, 1))
