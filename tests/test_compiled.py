@@ -28,6 +28,7 @@ COMMITTED = ROOT / "benchmarks" / "results" / "compile.json"
 KERNELS = {
     "chunk",
     "chunk_state",
+    "chunk_history",
     "scan",
     "decode",
     "gated_rms_norm_forward",

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -33,37 +34,35 @@ CUTS = [0, 10, 20, 30]
 TIMEOUT = 4.0  # seconds
 
 
-def attention(group: dist.ProcessGroup, **changes: object) -> tuple[Callable[[], Tensor], Tensor]:
+def shard(group: dist.ProcessGroup, changes: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """q, k and v of this rank in one, and what else both kinds of attention take."""
+    cuts, rank = changes.get("cuts", CUTS), dist.get_rank(group)
+    shape = 1, cuts[rank + 1] - cuts[rank], changes.get("heads", 2), 4
+    q = torch.ones(shape, dtype=changes.get("dtype", torch.float32), requires_grad=changes.get("grad", True))
+    return q, {"cu_seqlens": torch.tensor(changes.get("documents", [0, 30])), "cuts": cuts, "group": group}
+
+
+def attention(group: dist.ProcessGroup, **changes: Any) -> tuple[Callable[[], Tensor], Tensor]:
     """A call of `lasp` on this rank, and the input that gets a gradient."""
-    cuts = changes.get("cuts", CUTS)
-    assert isinstance(cuts, list)
-    L = cuts[dist.get_rank(group) + 1] - cuts[dist.get_rank(group)]
-    H, dtype = changes.get("heads", 2), changes.get("dtype", torch.float32)
-    q = torch.ones(1, L, H, 4, dtype=dtype, requires_grad=changes.get("grad", True))  # type: ignore[arg-type,call-overload]
-    documents = torch.tensor(changes.get("documents", [0, 30]))
-    decay = torch.full((H,), changes.get("rate", 0.1))  # type: ignore[arg-type]
-    return lambda: lasp(q, q, q, decay, cu_seqlens=documents, cuts=cuts, group=group), q  # type: ignore[return-value]
+    q, rest = shard(group, changes)
+    decay = torch.full((q.shape[2],), changes.get("rate", 0.1))
+    return lambda: lasp(q, q, q, decay, **rest), q  # type: ignore[return-value]
 
 
-def ring(group: dist.ProcessGroup, **changes: object) -> tuple[Callable[[], Tensor], Tensor]:
+def ring(group: dist.ProcessGroup, **changes: Any) -> tuple[Callable[[], Tensor], Tensor]:
     """The same of `ring_attention`."""
-    cuts = changes.get("cuts", CUTS)
-    assert isinstance(cuts, list)
-    L = cuts[dist.get_rank(group) + 1] - cuts[dist.get_rank(group)]
-    H, dtype = changes.get("heads", 2), changes.get("dtype", torch.float32)
-    q = torch.ones(1, L, H, 4, dtype=dtype, requires_grad=changes.get("grad", True))  # type: ignore[arg-type,call-overload]
-    documents = torch.tensor(changes.get("documents", [0, 30]))
-    return lambda: ring_attention(q, q, q, cu_seqlens=documents, cuts=cuts, group=group), q
+    q, rest = shard(group, changes)
+    return lambda: ring_attention(q, q, q, **rest), q
 
 
-def experts(group: dist.ProcessGroup, **changes: object) -> tuple[Callable[[], Tensor], Tensor]:
+def experts(group: dist.ProcessGroup, **changes: Any) -> tuple[Callable[[], Tensor], Tensor]:
     """The same of `ExpertParallel`."""
     ranks = dist.get_process_group_ranks(group)
     mesh = DeviceMesh.from_group(group, "cpu", mesh=ranks, mesh_dim_names=("ep",))
     dtype = changes.get("dtype", torch.float32)
-    moe = SparseMoE(8, 4, num_experts=6, top_k=changes.get("top_k", 2), dtype=dtype)  # type: ignore[arg-type]
+    moe = SparseMoE(8, 4, num_experts=6, top_k=changes.get("top_k", 2), dtype=dtype)
     parallel = ExpertParallel(moe, mesh)
-    x = torch.ones(5, 8, dtype=dtype, requires_grad=changes.get("grad", True))  # type: ignore[arg-type,call-overload]
+    x = torch.ones(5, 8, dtype=dtype, requires_grad=changes.get("grad", True))
     return lambda: parallel(x), x
 
 
@@ -97,7 +96,7 @@ def mismatched(
     return error, y.sum().item()
 
 
-MISMATCHES = [
+MISMATCHES: list[tuple[str, str, dict[str, Any]]] = [
     ("lasp", "cuts", {"cuts": [0, 10, 20, 31], "documents": [0, 31]}),
     ("lasp", "cu_seqlens", {"documents": [0, 15, 30]}),
     ("lasp", "dtype", {"dtype": torch.float64}),
@@ -115,7 +114,7 @@ MISMATCHES = [
 
 
 @pytest.mark.parametrize("name, fact, changes", MISMATCHES, ids=[f"{n}-{f}" for n, f, _ in MISMATCHES])
-def test_mismatch(name: str, fact: str, changes: dict[str, object]) -> None:
+def test_mismatch(name: str, fact: str, changes: dict[str, Any]) -> None:
     """Every rank says who differs, and in what; nothing was sent, so the group goes on."""
     for (kind, words), _ in run_ranks(SIZE, mismatched, name, changes):
         assert kind == "RankError" and words.startswith(f"{name}: expected the same "), words
