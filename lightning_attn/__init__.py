@@ -1,7 +1,7 @@
 """Lightning attention, linear attention with a fixed exponential decay per head, and the mixture of experts beside it."""
 
 import importlib
-from types import ModuleType
+import types
 
 from . import decay
 from .backends import available_backends
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> types.ModuleType:
     """`lightning_attn.distributed` is imported when it is first asked for."""
     if name == "distributed":
         return importlib.import_module(f"{__name__}.distributed")

@@ -219,10 +219,10 @@ SEGMENTS = [
 ]
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "triton"])
 @pytest.mark.parametrize(("dtype", "count", "reverse"), SEGMENTS, ids=dtype_id)
 def test_segments_of_triton(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, count: int, reverse: bool
+    monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype, count: int, reverse: bool
 ) -> None:
     """Rows 1 and 6: states that cross from one to the next, of lengths that are no multiple of a block too."""
     from triton_support import in_segments, of_length
@@ -233,7 +233,7 @@ def test_segments_of_triton(
     for cut in (in_segments(count), of_length(-(-300 // count))):
         monkeypatch.setattr(config, "segments", cut)
         with poisoned_memory():
-            check(state(x, "triton", reverse), x, reverse)
+            check(state(x, backend, reverse), x, reverse)
 
 
 def test_auto_is_the_kernels() -> None:
